@@ -1,0 +1,396 @@
+"""
+Every data format, both ends: writes data/NAME/ once, and reads it back for train.py and sample.py.
+$ python prepare.py shakespeare_char         # one megabyte, downloaded and checked
+$ python prepare.py python_docs              # three megabytes that come with python: no network needed
+$ python prepare.py text --input='books/**/*.txt' --tokenizer=byte --dataset=books
+
+NAME is a folder under data/ whose prepare.py says `tokenizer = 'char'` and defines corpus(). Its parameters are the
+settings it takes (and `folder`, where downloads may stay), those without a default must be given, and it returns
+    {'splits': {'train': [document, ...], 'val': [...]}, 'closed': bool, ...}
+Documents are str; closed: the end id follows every document. The rest of what it returns is kept in meta.json.
+
+A prepared folder has one SPLIT.bin per split, raw token ids as uint16 (uint32 if they need it), and meta.json, written
+last: without it a folder is not prepared. Ids of text come first, then end, begin, [MASK], pad. No .bin holds an id of
+text_size or more.
+"""
+import contextlib
+import functools
+import glob
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from configurator import configure, fail, nearest
+
+# settings
+input = '' # a local file, folder or glob to use instead of the download
+url = '' # another place to download from
+sha256 = '' # expected checksums, comma-separated, when url or input is not the usual file
+tokenizer = '' # char, byte or gpt2; '' is the dataset's own
+val_fraction = 0.1 # share of the characters that becomes val (text only)
+dataset = '' # name or path of the folder to write; '' is data/NAME
+
+_FORMAT = 1 # of meta.json (public scalars are settings, hence the underscore)
+_DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+_GPT2 = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+_GPT2_FILES = {_GPT2 + 'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+               _GPT2 + 'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
+
+class PrepareError(Exception):
+    """ anything that goes wrong for a reason the reader can act on; its text is one sentence """
+
+# -----------------------------------------------------------------------------
+# files
+
+def read_text(path, expected=''):
+    """ a file's text as it is, less a byte order mark; expected: the checksum it must have, if given """
+    try:
+        with open(path, 'rb') as f:
+            data = f.read()
+        check_sum(path, expected)
+        text = data.decode('utf-8').removeprefix('\ufeff')
+    except OSError as e:
+        raise PrepareError(f"cannot read {path}: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise PrepareError(f"{path} is not UTF-8 text: byte {data[e.start]:#04x} at offset {e.start}") from None
+    if not text:
+        raise PrepareError(f"{path} is empty")
+    return text
+
+def file_sum(path, like=''):
+    """ sha256 of a file in hex, or its git blob id where `like` has the 40 digits of one """
+    digest = hashlib.sha1(b'blob %d\0' % os.path.getsize(path)) if len(like) == 40 else hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+def check_sum(path, expected, came_from=''):
+    found = file_sum(path, expected) if expected else ''
+    if found != expected.lower():
+        raise PrepareError(f"{came_from or path} has the checksum {found}, not {expected.lower()}: it is damaged or "
+                           "not the usual file; if it is the one you want, pass its sum with --sha256=")
+
+@contextlib.contextmanager
+def replacing(*paths):
+    """
+    Yields a temporary name for each path. If the block succeeds they move into place, in this order; if not, they are
+    removed and what was there stays. The last path vouches for the others, so its old version goes before they change.
+    An OSError (no permission, disk full) becomes a PrepareError.
+    """
+    temporary = [f"{path}.{os.getpid()}.tmp" for path in paths] # same folder: a rename cannot cross disks
+    try:
+        for path in paths:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        yield temporary
+        for name in temporary:
+            with open(name, 'r+b') as f:
+                os.fsync(f.fileno()) # or a power cut could leave the name without the content
+        if len(paths) > 1 and os.path.exists(paths[-1]):
+            os.remove(paths[-1])
+        for name, path in zip(temporary, paths):
+            os.replace(name, path)
+    except OSError as e:
+        raise PrepareError(f"cannot write {paths[-1]}: {e.strerror or e}") from None
+    finally:
+        for name in filter(os.path.exists, temporary):
+            os.remove(name)
+
+def download(url, path, expected='', instead="use a copy you have with --input= or another address with --url="):
+    """ fetch url to path, unless the file with the expected checksum is there already; returns path """
+    if expected and os.path.isfile(path) and file_sum(path, expected) == expected.lower():
+        return path
+    try:
+        import requests
+    except ImportError:
+        raise PrepareError(f"downloading {url} needs requests: pip install requests") from None
+    with replacing(path) as (temporary,):
+        try:
+            with requests.get(url, stream=True, timeout=(10, 30)) as reply, open(temporary, 'wb') as f:
+                reply.raise_for_status()
+                total, done, tty = int(reply.headers.get('content-length', 0)), 0, sys.stderr.isatty()
+                shown = started = time.time()
+                for chunk in reply.iter_content(1 << 16):
+                    done += f.write(chunk)
+                    if time.time() - shown > (0.1 if tty else 10): # a log file wants a line now and then, not a film
+                        shown = time.time()
+                        rate = done / (shown - started) # bytes per second
+                        left = f", {max(0, total - done) / rate:.0f} s left" if total else ''
+                        print(f"{done / 1e6:8.1f} MB, {rate / 1e6:.1f} MB/s{left}   ", end='\r' if tty else '\n',
+                              file=sys.stderr, flush=True)
+        except requests.RequestException as e:
+            kinds = [(requests.Timeout, "no answer in time"), (requests.ConnectionError, "no connection"),
+                     (requests.exceptions.ChunkedEncodingError, "the connection broke off")]
+            reason = next((words for kind, words in kinds if isinstance(e, kind)), str(e))
+            raise PrepareError(f"could not download {url} ({reason}): {instead}") from None
+        check_sum(temporary, expected, url)
+    print(f"downloaded {url} to {path}, {done / 1e6:.1f} MB", file=sys.stderr)
+    return path
+
+def split_documents(documents, val_fraction):
+    """ {'train', 'val'}: the last val_fraction of all characters is val, cutting the one document that straddles """
+    n = sum(map(len, documents))
+    cut = int(n * (1 - val_fraction)) if 0 < val_fraction < 1 else 0
+    if cut == 0:
+        raise PrepareError(f"val_fraction={val_fraction} of {n} characters would leave train or val empty")
+    splits = {'train': [], 'val': []}
+    for text in documents:
+        for split, part in (('train', text[:cut]), ('val', text[cut:])):
+            if part:
+                splits[split].append(part)
+        cut = max(0, cut - len(text))
+    return splits
+
+# -----------------------------------------------------------------------------
+# tokenizers: each codec takes meta.json and returns encode(str) -> int64 ids and decode(ids of text) -> str
+
+def char_codec(meta):
+    """ one id per character of the corpus, in code point order """
+    points = np.array([ord(c) for c in meta['chars']], dtype='<u4')
+    table = np.full(int(points.max()) + 2, -1) # the last entry is for everything above
+    table[points] = np.arange(len(points))
+
+    def encode(text):
+        ids = table[np.minimum(np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4'), len(table) - 1)]
+        if ids.min(initial=0) < 0:
+            n = int(np.argmin(ids)) # the first one
+            has = meta['chars'][:100] + ('...' if len(points) > 100 else '')
+            raise PrepareError(f"unknown character {text[n]!r} (U+{ord(text[n]):04X}) at position {n}: "
+                               f"this model's vocabulary has only {has!r}")
+        return ids
+    return encode, lambda ids: points[ids].tobytes().decode('utf-32-le')
+
+def byte_codec(meta):
+    """ the bytes of UTF-8: any text, 256 ids, longer sequences """
+    return (lambda text: np.frombuffer(text.encode('utf-8', 'surrogatepass'), dtype=np.uint8).astype(np.int64),
+            lambda ids: bytes(ids.tolist()).decode('utf-8', 'replace'))
+
+def gpt2_codec(meta):
+    """ GPT-2's byte pair encoding. '<|endoftext|>' in a text is just a text, never the end id """
+    bpe = gpt2_encoding()
+    return lambda text: np.array(bpe.encode_ordinary(text), dtype=np.int64), lambda ids: bpe.decode(ids.tolist())
+
+TOKENIZERS = {'char': char_codec, 'byte': byte_codec, 'gpt2': gpt2_codec}
+
+def gpt2_encoding():
+    try:
+        import tiktoken
+    except ImportError:
+        raise PrepareError("the gpt2 tokenizer needs tiktoken: pip install tiktoken") from None
+    # tiktoken would download its two files without a timeout and fail with a page of traceback: put them into its cache
+    usual = os.environ.get('DATA_GYM_CACHE_DIR') or os.path.join(tempfile.gettempdir(), 'data-gym-cache')
+    folder = os.environ['TIKTOKEN_CACHE_DIR'] = os.environ.get('TIKTOKEN_CACHE_DIR') or usual
+    places = {file: os.path.join(folder, hashlib.sha1(file.encode()).hexdigest()) for file in _GPT2_FILES}
+    by_hand = ' and '.join(f"{file} as {path}" for file, path in places.items())
+    for file, path in places.items():
+        download(file, path, _GPT2_FILES[file], f"gpt2 needs two files, save {by_hand}; or use --tokenizer=byte")
+    return tiktoken.get_encoding('gpt2')
+
+def vocabulary(kind, documents=(), closed=False):
+    """ the part of meta.json that makes a Tokenizer. closed: texts contain the end id too """
+    if kind not in TOKENIZERS:
+        raise PrepareError(f"tokenizer is one of {', '.join(TOKENIZERS)}, not {kind!r}{nearest(kind, TOKENIZERS)}")
+    meta, n = {'tokenizer': kind}, {'byte': 256, 'gpt2': 50256}.get(kind)
+    if kind == 'char':
+        meta['chars'] = ''.join(sorted(set().union(*documents)))
+        n = len(meta['chars'])
+    meta |= dict(end_id=n, begin_id=n + 1, mask_id=n + 2, pad_id=n + 3, text_size=n + closed, vocab_size=n + 4)
+    if kind == 'gpt2': # <|endoftext|> was always its end id; a multiple of 64 is faster to multiply with
+        meta |= dict(text_size=50257, vocab_size=50304)
+    return meta
+
+class Tokenizer:
+    """ text <-> ids, from meta.json alone (or the copy of it in a checkpoint) """
+    def __init__(self, meta):
+        self.meta, self.end_id = meta, meta['end_id'] # all ids below end_id are text
+
+    @functools.cached_property
+    def codec(self): # on first use: who trains on a cluster without network never needs gpt2's files there
+        return TOKENIZERS[self.meta['tokenizer']](self.meta)
+
+    def encode(self, text):
+        """ -> int64 array (n,); a PrepareError for a character that the vocabulary lacks """
+        return self.codec[0](text)
+
+    def decode(self, ids, show=None):
+        """ any ids -> str. Reserved ids vanish unless show = {id: str} has them; broken UTF-8 becomes U+FFFD """
+        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        reserved = np.flatnonzero(ids >= self.end_id)
+        pieces = [self.codec[1](ids[a:b]) for a, b in zip([0, *(reserved + 1)], [*reserved, len(ids)])]
+        between = [(show or {}).get(int(ids[i]), '') for i in reserved]
+        return ''.join(a + b for a, b in zip(pieces, between + ['']))
+
+# -----------------------------------------------------------------------------
+# writing
+
+def names():
+    """ what can be prepared """
+    return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f'{glob.escape(_DATA)}/*/prepare.py'))
+
+def data_folder(dataset):
+    """ a bare name lives under data/ beside this file; whatever looks like a path is one """
+    path = '/' in dataset or os.sep in dataset or dataset.startswith('.')
+    return os.path.expanduser(dataset) if path else os.path.join(_DATA, dataset)
+
+def load(folder, file):
+    """ folder/file as a module. Its name has the folder's in it: in data/ they are all called prepare or provider """
+    unique = f"data_{os.path.basename(os.path.abspath(folder))}_{file.removesuffix('.py')}"
+    spec = importlib.util.spec_from_file_location(unique, os.path.join(folder, file))
+    module = sys.modules[unique] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def provider(dataset):
+    """ the names that the dataset's provider.py defines, {} if it has none """
+    folder = data_folder(dataset)
+    return vars(load(folder, 'provider.py')) if os.path.exists(os.path.join(folder, 'provider.py')) else {}
+
+def prepare(name, dataset='', tokenizer='', **settings):
+    """ write the folder `dataset` ('' is data/<name>) as data/<name>/prepare.py says, all or nothing; returns it """
+    started = time.time()
+    if name not in names():
+        what = f"data/ has no {name}/prepare.py" if name else "say what to prepare"
+        raise PrepareError(f"{what}: python prepare.py NAME knows {', '.join(names())}{nearest(name, names())}")
+    script = load(os.path.join(_DATA, name), 'prepare.py')
+    folder = data_folder(dataset or name)
+    accepted = dict(inspect.signature(script.corpus).parameters)
+    if accepted.pop('folder', None):
+        settings['folder'] = folder
+    for key in settings.keys() - accepted.keys() - {'folder'}:
+        raise PrepareError(f"{name} has no use for --{key}, only for {', '.join(accepted) or 'its text as it is'}")
+    for key, parameter in accepted.items():
+        if parameter.default is parameter.empty and key not in settings:
+            raise PrepareError(f"{name} needs to know its {key}: python prepare.py {name} --{key}=...")
+    if {'input', 'url'} <= settings.keys():
+        raise PrepareError("--input= reads a local copy and --url= downloads one: give only one of them")
+
+    print(f"preparing {folder}", flush=True)
+    corpus = script.corpus(**settings)
+    splits = corpus.pop('splits')
+    kind, documents = tokenizer or script.tokenizer, sum(splits.values(), [])
+    meta = {'format': _FORMAT, 'dataset': name, **vocabulary(kind, documents, corpus['closed'])}
+    meta['dtype'] = 'uint16' if meta['vocab_size'] <= 65535 else 'uint32'
+    meta |= {'splits': {}, **corpus}
+    codec = Tokenizer(meta)
+    paths = [os.path.join(folder, f'{split}.bin') for split in splits] + [os.path.join(folder, 'meta.json')]
+    with replacing(*paths) as temporary:
+        for path, (split, documents) in zip(temporary, splits.items()):
+            tokens = 0
+            with open(path, 'wb') as f:
+                for document in documents:
+                    ids = codec.encode(document)
+                    ids = np.append(ids, codec.end_id) if corpus['closed'] else ids
+                    f.write(ids.astype(meta['dtype']).tobytes())
+                    tokens += len(ids)
+            meta['splits'][split] = {'tokens': tokens, 'characters': sum(map(len, documents)),
+                                     'documents': len(documents), 'sha256': file_sum(path)}
+        with open(temporary[-1], 'w') as f:
+            json.dump(meta, f, indent=1)
+
+    for split, n in meta['splits'].items():
+        print(f"{split:5} {n['documents']:6,} documents {n['characters']:12,} characters {n['tokens']:12,} tokens")
+    begins = ascii(codec.decode(np.fromfile(paths[0], dtype=meta['dtype'], count=60))[:60])
+    print(f"{meta['vocab_size']} ids ({kind}), {time.time() - started:.1f} s; begins {begins}", flush=True)
+    return folder
+
+def ensure(dataset):
+    """ the folder of a dataset, prepared first if that needs no setting; else a PrepareError names the command """
+    folder = data_folder(dataset)
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        if dataset not in names():
+            read_meta(dataset) # which says what to run
+        prepare(dataset)
+    return folder
+
+# -----------------------------------------------------------------------------
+# reading
+
+def read_meta(dataset):
+    """ the meta.json of a dataset as a dict, checked """
+    path = os.path.join(data_folder(dataset), 'meta.json')
+    again = f"python prepare.py {dataset if dataset in names() else f'NAME --dataset={dataset}'}"
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        if meta['format'] > _FORMAT:
+            raise PrepareError(f"{path} has format {meta['format']}, newer than {_FORMAT}: update this or run {again}")
+        [meta[key] for key in ('tokenizer', 'end_id', 'text_size', 'dtype', 'splits')] # a KeyError if one is missing
+    except FileNotFoundError:
+        raise PrepareError(f"there is no {path}: run {again}{nearest(dataset, names())}") from None
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise PrepareError(f"cannot make sense of {path} ({type(e).__name__}: {e}): run {again}") from None
+    return meta
+
+class Corpus:
+    """
+    A prepared dataset. Batches are {'idx', 'targets'}, both int64 (B, length) with the same ids: an objective shifts or
+    corrupts them itself. (-1 in targets means not scored; plain text has none.)
+    """
+    def __init__(self, dataset):
+        self.folder, self.meta = data_folder(dataset), read_meta(dataset)
+        self.tokenizer = Tokenizer(self.meta)
+        self._bins = {}
+
+    def tokens(self, split):
+        splits = self.meta['splits']
+        if split not in splits:
+            raise PrepareError(f"{self.folder} has no split {split!r}, only {', '.join(splits)}")
+        return splits[split]['tokens']
+
+    def n_windows(self, split, length):
+        return self.tokens(split) // length
+
+    def batch(self, split, batch_size, length, rng):
+        """ batch_size random windows; every window of the split is equally likely. rng is a numpy Generator """
+        ids = self._data(split, length)
+        starts = rng.integers(0, len(ids) - length + 1, size=(batch_size, 1)) # (B, 1)
+        return self._batch(split, ids[starts + np.arange(length)]) # only these rows are read from the disk
+
+    def windows(self, split, batch_size, length, limit=None):
+        """ windows without overlap, in order, at most `limit`; the last batch is smaller, a ragged tail left out """
+        ids, n = self._data(split, length), self.n_windows(split, length)
+        n = n if limit is None else min(n, limit)
+        for i in range(0, n, batch_size):
+            rows = min(batch_size, n - i)
+            yield self._batch(split, ids[i * length:(i + rows) * length].reshape(rows, length))
+
+    def _data(self, split, length):
+        """ the ids of a split as a memmap, opened once and never copied; at least `length` of them """
+        n, path = self.tokens(split), os.path.join(self.folder, f'{split}.bin')
+        if n < length:
+            raise PrepareError(f"{split}.bin has {n} tokens, fewer than the context of {length}: "
+                               "lower block_size or prepare a longer text")
+        if split not in self._bins:
+            expected = n * np.dtype(self.meta['dtype']).itemsize
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            if size != expected:
+                raise PrepareError(f"{path} has {size} bytes and meta.json says {expected}: prepare it again")
+            self._bins[split] = np.memmap(path, dtype=self.meta['dtype'], mode='r')
+        return self._bins[split]
+
+    def _batch(self, split, ids):
+        idx = ids.astype(np.int64) # (B, length)
+        if idx.size and idx.max() >= self.meta['text_size']:
+            raise PrepareError(f"{self.folder}/{split}.bin holds the id {idx.max()}, but ids of text are below "
+                               f"{self.meta['text_size']}: prepare it again")
+        return {'idx': idx, 'targets': idx.copy()}
+
+def main(argv):
+    defaults = configure(globals(), [])
+    bare = [a for a in argv[:1] if not a.startswith('-')] # NAME comes first
+    changed = {k: v for k, v in configure(globals(), argv[len(bare):]).items() if v != defaults[k]}
+    try:
+        prepare(*bare or [''], **changed)
+    except PrepareError as e:
+        fail(str(e))
+
+if __name__ == '__main__':
+    sys.modules['prepare'] = sys.modules['__main__'] # data scripts import prepare: this one, not a second copy
+    main(sys.argv[1:])

@@ -1,0 +1,263 @@
+"""
+Laws of the network and of the attention rule. They hold for random weights, so nothing here trains for long.
+"""
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig, Cache, attend, block_ids, dense_mask, draw, mask_mod, token_probs
+
+NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
+SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='layernorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
+
+def gpt(seed=0, **settings):
+    """ a small model with large random weights, so that every output depends visibly on every input """
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**dict(block_size=12, vocab_size=11, n_layer=2, n_head=2, n_embd=16), **settings})).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+def matrix(rows):
+    return torch.tensor([[int(c) for c in row.split()] for row in rows.strip().splitlines()]).bool()
+
+# ---- the attention rule
+
+@pytest.mark.parametrize('attention, T, n, rows', [
+    ('causal', 3, None, "1 0 0\n1 1 0\n1 1 1"),
+    ('full', 3, None, "1 1 1\n1 1 1\n1 1 1"),
+    ('block', 5, 2, "1 1 0 0 0\n1 1 0 0 0\n1 1 1 1 0\n1 1 1 1 0\n1 1 1 1 1"), # the last block is ragged
+    ('block', 4, 4, "1 1 1 1\n1 1 1 1\n1 1 1 1\n1 1 1 1"),
+])
+def test_one_stream_masks_written_out(attention, T, n, rows):
+    assert torch.equal(dense_mask(block_ids(attention, T, n)), matrix(rows))
+
+# noisy rows first, then clean ones: BD3-LM's training mask
+@pytest.mark.parametrize('T, n, rows', [
+    (4, 2, "1 1 0 0 0 0 0 0\n1 1 0 0 0 0 0 0\n0 0 1 1 1 1 0 0\n0 0 1 1 1 1 0 0\n"
+           "0 0 0 0 1 1 0 0\n0 0 0 0 1 1 0 0\n0 0 0 0 1 1 1 1\n0 0 0 0 1 1 1 1"),
+    (3, 1, "1 0 0 0 0 0\n0 1 0 1 0 0\n0 0 1 1 1 0\n0 0 0 1 0 0\n0 0 0 1 1 0\n0 0 0 1 1 1"),
+    (3, 2, "1 1 0 0 0 0\n1 1 0 0 0 0\n0 0 1 1 1 0\n0 0 0 1 1 0\n0 0 0 1 1 0\n0 0 0 1 1 1"),
+    (2, 2, "1 1 0 0\n1 1 0 0\n0 0 1 1\n0 0 1 1"),
+])
+def test_two_stream_masks_written_out(T, n, rows):
+    ids, noisy = block_ids('block', T, n), torch.arange(2 * T) < T
+    mask = dense_mask(torch.cat((ids, ids)), noisy)
+    assert torch.equal(mask, matrix(rows))
+    if T % n == 0:
+        assert mask.sum() == T * T + T * n # P5 of any whole number of blocks
+
+def test_hierarchical_ids_and_their_errors():
+    assert block_ids('hierarchical', 9, 2, (2, 3, 4)).tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4]
+    assert block_ids('hierarchical', 9, None, (2, 3, 4)).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    for args, word in [(('hierarchical', 9, 2, (2, 3)), 'add up to 5'), (('block', 4), 'diffusion_block_size'), (('diagonal', 4), 'diagonal')]:
+        with pytest.raises(AssertionError, match=word):
+            block_ids(*args)
+
+def test_a_batch_of_block_ids_and_invisible_padding():
+    ids = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 9]]) # the second row ends in a pad: it has the largest id
+    mask = dense_mask(ids)
+    assert mask.shape == (2, 1, 4, 4)
+    for row, m in zip(ids, mask):
+        assert torch.equal(m[0], dense_mask(row))
+    assert not mask[1, 0, :3, 3].any()
+
+def test_flex_attention_agrees_with_sdpa():
+    from torch.nn.attention.flex_attention import create_block_mask
+    ids, noisy = block_ids('block', 24, 5).repeat(2), torch.arange(48) < 24
+    q, k, v = torch.randn(3, 2, 2, 48, 16)
+    flex = attend(q, k, v, create_block_mask(mask_mod(ids, noisy), None, None, 48, 48, device='cpu'))
+    assert torch.allclose(flex, attend(q, k, v, dense_mask(ids, noisy)), atol=1e-5)
+
+@pytest.mark.parametrize('ids', [block_ids('causal', 6), block_ids('full', 6), block_ids('block', 6, 4), block_ids('block', 6, 2).repeat(2)])
+def test_no_leakage_by_gradient(ids):
+    """ P6: d output[i] / d input[j] is zero exactly where attention over two layers cannot carry it """
+    N, model = len(ids), gpt().double()
+    noisy = torch.arange(N) < (6 if N == 12 else 0)
+    mask = dense_mask(ids, noisy)
+    x = torch.randn(1, N, 16, dtype=torch.double, requires_grad=True)
+    pos = torch.arange(6).repeat(N // 6)
+    out = model.trunk(x, pos, mask)
+    moved = torch.stack([torch.autograd.grad(out[0, i].square().sum(), x, retain_graph=True)[0][0].abs().sum(-1) for i in range(N)])
+    assert torch.equal(moved > 0, mask) # the rule is transitive, so layers add nothing
+
+# ---- the network
+
+def test_nanogpt_network_written_out():
+    """ one setting of the switches is nanoGPT's network, number for number """
+    model = gpt(**NANOGPT, bias=True)
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p)
+    w, idx = model.state_dict(), torch.randint(11, (2, 12))
+    x = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight']
+    norm = lambda x, name: F.layer_norm(x, (16,), w[name + '.weight'], w[name + '.bias'])
+    linear = lambda x, name: x @ w[name + '.weight'].T + w[name + '.bias']
+    for i in range(2):
+        h = f'transformer.h.{i}.'
+        q, k, v = (t.view(2, 12, 2, 8).transpose(1, 2) for t in linear(norm(x, h + 'ln_1'), h + 'attn.c_attn').split(16, -1))
+        att = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(12, 12).triu(1).bool(), -math.inf).softmax(-1)
+        x = x + linear((att @ v).transpose(1, 2).reshape(2, 12, 16), h + 'attn.c_proj')
+        hidden = linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')
+        x = x + linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), h + 'mlp.c_proj')
+    logits = norm(x, 'transformer.ln_f') @ w['transformer.wte.weight'].T
+    assert torch.allclose(model(idx)[0], logits, atol=1e-4)
+    row = torch.randint(11, (2, 13)) # and its loss: without a begin id the first token is context
+    expected = F.cross_entropy(model(row[:, :-1])[0].flatten(0, 1), row[:, 1:].flatten())
+    assert torch.allclose(model(row, row)[1], expected) and model.row_length == 13
+
+@pytest.mark.parametrize('switches', SWITCHES)
+def test_switches_have_equal_parameters_and_start_at_ln_v(switches):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=69, text_size=65, begin_id=66, block_size=32, n_layer=2, n_head=4, n_embd=96)
+    model = GPT(GPTConfig(**{**sizes, **switches}))
+    body = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    assert abs(body / (12 * 96 ** 2 * 2) - 1) < 0.01
+    loss = model(idx := torch.randint(65, (8, 32)), idx)[1].item()
+    assert abs(loss - math.log(65)) < (1e-5 if switches.get('init') != 'gpt2' and not switches.get('tie_weights') else 0.1)
+
+def test_rope_depends_on_distance_only():
+    model = gpt(block_size=40, begin_id=10)
+    x = torch.randn(1, 6, 16)
+    near, far = (model.trunk(x, torch.arange(n, n + 6), 'causal') for n in (0, 30))
+    assert torch.allclose(near, far, atol=1e-5) and not torch.allclose(near, model.trunk(x, torch.arange(6) * 2, 'causal'), atol=1e-2)
+
+def test_ids_that_no_text_contains_cannot_be_predicted():
+    model = gpt(text_size=8, begin_id=9)
+    idx = torch.randint(8, (4, 12))
+    logits, loss = model(idx, idx)
+    assert (logits[..., 8:] == -math.inf).all() and logits[..., :8].isfinite().all()
+    loss.backward()
+    assert (model.lm_head.weight.grad[8:] == 0).all() and model.lm_head.weight.grad[:8].abs().sum() > 0
+    assert model.generate(idx, 50).max() < 8
+
+def test_begin_scores_every_token_and_targets_mark_what_counts():
+    model = gpt(text_size=8, begin_id=9)
+    idx = torch.randint(8, (3, 12))
+    nats, scored = model.nll_bound(idx, idx, n_samples=2)
+    assert scored.tolist() == [12] * 3 and torch.equal(nats[:, 0], nats[:, 1])
+    chain = sum(-model(F.pad(idx[:, :i], (1, 0), value=9))[0][:, -1].log_softmax(-1).gather(1, idx[:, i:i + 1]) for i in range(12))
+    assert torch.allclose(nats[:, :1], chain, atol=1e-4)
+    targets = idx.clone()
+    targets[:, :5] = -1
+    some, n = model.nll_bound(idx, targets)
+    assert n.tolist() == [7] * 3
+    assert torch.allclose(model(idx, targets)[1], some.sum() / 21)
+    assert model(idx, torch.full_like(idx, -1))[1] == 0 # nothing scored is no loss, not NaN
+
+def test_gradient_checkpointing_and_dropout():
+    idx = torch.randint(11, (2, 12))
+    grads = []
+    for kept in False, True:
+        model = gpt(grad_checkpointing=kept, begin_id=10, dropout=0.3).train()
+        torch.manual_seed(5)
+        model(idx, idx)[1].backward()
+        grads.append(model.transformer.h[0].attn.c_attn.weight.grad)
+    assert torch.allclose(*grads, atol=1e-6)
+    assert not torch.equal(model(idx)[0], model(idx)[0]) and torch.equal(model.eval()(idx)[0], model(idx)[0])
+
+# ---- writing
+
+def uncached(model, idx, n, **options):
+    """ generation as its definition: the whole visible window through the network for every token """
+    begin = [[model.config.begin_id]] * len(idx) if model.config.begin_id is not None else [[]] * len(idx)
+    begin = torch.tensor(begin, dtype=torch.long)
+    room, start, end = model.config.block_size - begin.size(1), max(0, idx.size(1) - model.config.block_size + begin.size(1)), None
+    for _ in range(n):
+        if idx.size(1) - start > room: # the stated policy: the newer half is kept
+            start = idx.size(1) - max(1, room // 2)
+        logits = model(torch.cat((begin, idx[:, start:]), 1))[0][:, -1]
+        idx = torch.cat((idx, draw(token_probs(logits, **options))[:, None]), 1)
+    return idx
+
+@pytest.mark.parametrize('switches', SWITCHES)
+@pytest.mark.parametrize('begin_id', [None, 10])
+@pytest.mark.parametrize('T', [1, 5, 12, 30])
+def test_cached_generation_is_uncached_generation(switches, begin_id, T):
+    """ also far past the context of 12, and for prompts longer than it """
+    model = gpt(text_size=10, begin_id=begin_id, **switches).double()
+    prompt = torch.randint(10, (3, T))
+    torch.manual_seed(1)
+    a = model.generate(prompt, 40, temperature=0.9, top_k=7)
+    torch.manual_seed(1)
+    assert torch.equal(a, uncached(model, prompt, 40, temperature=0.9, top_k=7)) and torch.equal(a[:, :T], prompt)
+
+def test_rows_with_prompts_of_different_lengths():
+    model = gpt(begin_id=10, text_size=10)
+    prompts = [torch.randint(10, (1, n)) for n in (0, 3, 7)]
+    padded = torch.cat([F.pad(p, (0, 7 - p.size(1)), value=-1) for p in prompts])
+    together = model.generate(padded, 4, temperature=0)
+    for p, row in zip(prompts, together):
+        alone = model.generate(p, 11 - p.size(1), temperature=0)
+        assert torch.equal(alone[0], row)
+    with pytest.raises(AssertionError, match='gap'):
+        model.generate(torch.tensor([[1, -1, 2]]), 1)
+    with pytest.raises(AssertionError, match='begin id'):
+        gpt().generate(torch.zeros(1, 0, dtype=torch.long), 1)
+
+def test_stop_ends_each_row_by_itself_and_on_step_sees_every_token():
+    model, steps = gpt(begin_id=10, text_size=3), []
+    torch.manual_seed(0)
+    out = model.generate(torch.tensor([[2, 1], [0, 1]]), 60, temperature=5.0, stop=2, on_step=lambda s, idx, p, state: steps.append((s, idx.clone(), p, state)))
+    for row in out:
+        new = row[2:].tolist() # a hot model emits it soon; the prompt's own 2 is no stop
+        assert 2 in new and set(new[new.index(2):]) == {2}
+    assert [s for s, *_ in steps] == list(range(1, len(steps) + 1)) == [state['nfe'] for *_, state in steps]
+    assert len(steps) < 60 and all(torch.equal(idx, out[:, :idx.size(1)]) for _, idx, *_ in steps)
+    assert torch.allclose(steps[0][2].sum(-1), torch.ones(2))
+
+def test_token_probs():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    p = logits.softmax(-1)
+    assert torch.allclose(token_probs(logits, 0.5), (logits * 2).softmax(-1))
+    assert torch.equal(token_probs(logits, 0), torch.tensor([[1.0, 0, 0, 0]]))
+    assert (token_probs(logits, top_k=2) > 0).tolist() == [[True, True, False, False]]
+    crossing = p[0, 0].item() + 0.01 # the token that crosses p stays
+    assert (token_probs(logits, top_p=crossing) > 0).tolist() == [[True, True, False, False]]
+    assert torch.allclose(token_probs(logits, top_p=1.0), p) and token_probs(logits, top_p=1e-6).argmax() == 0
+    torch.manual_seed(0)
+    counts = torch.bincount(draw(p.expand(40000, 4)), minlength=4) / 40000
+    assert (counts - p[0]).abs().max() < 0.01
+    for options in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5):
+        with pytest.raises(AssertionError, match='expected'):
+            token_probs(logits, **options)
+
+def test_a_cache_refuses_what_does_not_fit():
+    model = gpt()
+    cache, x = Cache(model.config, 1, 4, model.lm_head.weight), torch.randn(1, 3, 16)
+    model.trunk(x, torch.arange(3), 'causal', cache)
+    cache.keep(3)
+    with pytest.raises(AssertionError, match='do not fit a cache of 4'):
+        model.trunk(x, torch.arange(3), 'causal', cache)
+
+# ---- optimizers
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_every_parameter_is_optimized_once_and_learns(optimizer):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=12, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
+    optimizers = model.configure_optimizers(optimizer, 1e-2)
+    held = [p for opt in optimizers for group in opt.param_groups for p in group['params']]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters())) and len(optimizers) == 1 + (optimizer == 'muon')
+    row = torch.arange(13)[None] % 11
+    for _ in range(30):
+        loss = model(row, row)[1]
+        loss.backward()
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad()
+    assert loss < 0.5
+
+def test_wrong_settings_end_in_a_sentence():
+    for settings, word in [(dict(norm='batchnorm'), 'rmsnorm, layernorm'), (dict(n_embd=10, n_head=3), 'multiple of n_head'),
+                           (dict(n_embd=6, n_head=2), 'odd'), (dict(attention='full'), 'works with attention causal'),
+                           (dict(text_size=99), 'exceeds vocab_size')]:
+        with pytest.raises(AssertionError, match=word):
+            gpt(**settings)
+    with pytest.raises(AssertionError, match='do not fit the context'):
+        gpt()(torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(AssertionError, match='expected adamw or muon'):
+        gpt().configure_optimizers('sgd')

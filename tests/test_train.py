@@ -1,0 +1,199 @@
+"""
+The commands are the tests: train.py and sample.py as a user runs them, with tiny numbers.
+"""
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+import model as models
+import prepare
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ('--block_size=16 --batch_size=4 --n_layer=1 --n_head=2 --n_embd=16 --max_iters=6 --warmup_iters=2 --log_interval=1 '
+        '--eval_interval=3 --eval_iters=2 --device=cpu --compile=False').split()
+
+def run(command, *more, code=0, launcher=(sys.executable,)):
+    """ a command line of ours -> stdout and stderr in one string """
+    done = subprocess.run([*launcher, *command.split(), *map(str, more)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}) # one thread: sums have one order
+    assert done.returncode == code, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    return done.stdout + done.stderr
+
+def log_of(out):
+    with open(out / 'log.csv', newline='') as f:
+        return [{k: v for k, v in row.items() if k != 'tokens_per_second'} for row in csv.DictReader(f)]
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('corpus')
+    (folder / 'a.txt').write_text('The quick brown fox jumps over the lazy dog, and so on.\n' * 60)
+    prepare.prepare('text', str(folder), 'char', input=str(folder / 'a.txt'))
+    return folder
+
+@pytest.fixture(scope='module')
+def trained(corpus, tmp_path_factory):
+    """ one finished run that several tests look at """
+    out = tmp_path_factory.mktemp('runs') / 'ar'
+    text = run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={out}', '--ema=0.9')
+    return out, text
+
+def test_a_run_leaves_what_it_was(trained):
+    out, text = trained
+    assert sorted(os.listdir(out)) == ['ckpt_best.pt', 'ckpt_latest.pt', 'log.csv', 'results.json', 'settings.json']
+    settings, results = json.loads((out / 'settings.json').read_text()), json.loads((out / 'results.json').read_text())
+    assert settings['max_iters'] == 6 and settings['seed'] == 1337 and 'commit' in settings
+    rows = log_of(out)
+    assert [int(r['iteration']) for r in rows] == [1, 2, 3, 4, 5, 6] and float(rows[-1]['tokens']) == 6 * 4 * 16
+    assert all(float(rows[i][k]) > 0 for i in (2, 5) for k in ('val_nll', 'train_nll', 'val_nll_ema', 'accuracy')) and rows[0]['val_nll'] == ''
+    for weights in 'raw', 'ema':
+        board = results['weights'][weights]['scoreboard']
+        assert board['exact'] and board['stderr_monte_carlo'] == 0 and board['stderr_windows'] > 0
+    model, ckpt = models.load_checkpoint(out / 'ckpt_latest.pt', weights='ema')
+    corpus = prepare.Corpus(settings['dataset']) # the board, once more by hand
+    nats = sum(model.nll_bound(*map(torch.from_numpy, b.values()))[0].sum().item() for b in corpus.windows('val', 1, 16))
+    assert abs(nats / (16 * corpus.n_windows('val', 16)) - board['nats_per_token']) < 1e-5
+    assert not torch.equal(model.lm_head.weight, models.load_checkpoint(out / 'ckpt_latest.pt', weights='raw')[0].lm_head.weight)
+    assert 'tok/s' in text and 'eta' in text and 'perplexity =' in text
+
+def test_same_seed_same_loss_and_another_seed_another(trained, corpus, tmp_path):
+    run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/a', '--ema=0.9', '--scoreboard_windows=0')
+    run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/b', '--seed=2', '--scoreboard_windows=0')
+    assert log_of(tmp_path / 'a') == log_of(trained[0]) != log_of(tmp_path / 'b')
+    assert not (tmp_path / 'a' / 'results.json').exists()
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_resume_is_the_uninterrupted_run(corpus, tmp_path, optimizer):
+    """ bit for bit: log, weights, averages; the first part is stopped by SIGTERM at an iteration nobody chose """
+    args = [*TINY, f'--dataset={corpus}', '--ema=0.9', '--dropout=0.1', f'--optimizer={optimizer}', '--max_iters=60', '--eval_interval=20',
+            '--gradient_accumulation_steps=2', '--scoreboard_windows=0']
+    run('train.py', *args, f'--out_dir={tmp_path}/whole')
+    part = subprocess.Popen([sys.executable, 'train.py', *args, f'--out_dir={tmp_path}/part'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for line in part.stdout:
+        if line.startswith('iter 7/'):
+            part.send_signal(signal.SIGTERM)
+    assert part.wait() == 0
+    at = torch.load(tmp_path / 'part' / 'ckpt_latest.pt', weights_only=True)['iteration']
+    assert 7 <= at < 60
+    run('train.py --init_from=resume', f'--out_dir={tmp_path}/part') # the run's own settings
+    assert log_of(tmp_path / 'part') == log_of(tmp_path / 'whole')
+    a, b = (torch.load(tmp_path / name / 'ckpt_latest.pt', weights_only=True) for name in ('part', 'whole'))
+    assert a['iteration'] == 60 and all(torch.equal(a[k][n], b[k][n]) for k in ('model', 'ema') for n in a[k])
+
+def test_checkpoints_by_interval_by_epoch_and_from_best(corpus, tmp_path):
+    out = tmp_path / 'run'
+    text = run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={out}', '--ckpt_interval=2', '--cleanup_checkpoints=False', '--scoreboard_windows=0')
+    assert {f'ckpt_00000{n}.pt' for n in (2, 4, 6)} < set(os.listdir(out))
+    text = run('train.py --init_from=resume', f'--out_dir={out}', f'--ckpt={out}/ckpt_000002.pt', '--max_epochs=0.2', '--ckpt_epochs=0.1')
+    assert 'iteration 2,' in text and [int(r['iteration']) for r in log_of(out)][:3] == [1, 2, 3]
+    tokens = prepare.Corpus(str(corpus)).tokens('train')
+    assert f"iter {-(-tokens * 2 // 10 // 64)}/" in text
+    text = run('train.py --eval_only=True --ckpt=best', f'--out_dir={out}')
+    assert 'random windows' in text and 'iter ' not in text
+
+def test_provider_objectives_need_no_change_here(corpus, tmp_path):
+    """ an objective is a class and a row; one from outside trains, evaluates, resumes and samples """
+    import shutil
+    shutil.copytree(corpus, tmp_path / 'corpus')
+    provider = textwrap.dedent('''
+        import torch
+        from torch.nn import functional as F
+        from model import GPT
+        class Smoothed(GPT):
+            """ ar with smoothed labels: predictions may not be too sure of themselves """
+            loss_name, bound_name = 'ce', None
+            def forward(self, idx, targets=None):
+                if targets is None:
+                    return super().forward(idx)
+                # corrupt
+                inputs, targets = self.shift(idx, targets)
+                # attend
+                logits = self.next_token_logits(inputs)
+                # loss
+                smooth = F.cross_entropy(logits[..., :self.config.text_size].flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+                return logits, smooth
+        OBJECTIVES = {'smoothed': Smoothed}
+    ''')
+    assert len(provider.strip().splitlines()) <= 25
+    (tmp_path / 'corpus' / 'provider.py').write_text(provider)
+    text = run('train.py', *TINY, f'--dataset={tmp_path}/corpus', f'--out_dir={tmp_path}/run', '--objective=smoothed', '--max_iters=30')
+    losses = [float(r['ce']) for r in log_of(tmp_path / 'run')]
+    assert losses[-1] < losses[0] - 0.1 and 'val_ce' in text
+    assert 'smoothed' in run('sample.py --num_samples=1 --max_new_tokens=5', f'--out_dir={tmp_path}/run')
+
+def test_sampling(trained):
+    out, _ = trained
+    a = run('sample.py --start=The --num_samples=2 --max_new_tokens=20', f'--out_dir={out}')
+    assert a.count('The') >= 2 and 'averaged weights' in a and '40 network evaluations' in a
+    streamed, batch = (subprocess.run([sys.executable, 'sample.py', f'--out_dir={out}', '--temperature=0', '--max_new_tokens=20', '--num_samples=2',
+                                       '--start=dog', f'--stream={s}', '--weights=raw'], cwd=ROOT, capture_output=True, text=True).stdout for s in (True, False))
+    assert streamed == batch and streamed.count('dog') >= 2
+    (out / 'prompt.txt').write_text('lazy')
+    assert 'lazy' in run(f'sample.py --start=FILE:{out}/prompt.txt --stop=. --num_samples=1', f'--out_dir={out}')
+    assert "unknown character 'é'" in run('sample.py --start=café', f'--out_dir={out}', code=2)
+    assert 'expected text of exactly one' in run('sample.py --stop=dog', f'--out_dir={out}', code=2)
+    assert 'there is no checkpoint' in run(f'sample.py --out_dir={out}/nowhere', code=2)
+
+def test_two_processes(corpus, tmp_path):
+    """ torchrun on two gloo processes is one process with accumulation, up to the order of sums """
+    args = [*TINY, f'--dataset={corpus}', '--gradient_accumulation_steps=2', '--scoreboard_windows=2']
+    run('train.py', *args, f'--out_dir={tmp_path}/one')
+    run('--standalone --nproc_per_node=2 train.py', *args, f'--out_dir={tmp_path}/two', launcher=(sys.executable, '-m', 'torch.distributed.run'))
+    for a, b in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two'), strict=True):
+        assert abs(float(a['nll']) - float(b['nll'])) < 1e-5
+
+@pytest.mark.parametrize('args, sentence', [
+    ('--objective=arr', "expected one of ar"), ('--norm=batchnorm', 'expected one of rmsnorm'), ('--attention=full', 'works with attention causal'),
+    ('--optimizer=sgd', 'expected adamw or muon'), ('--decay=cubic', 'expected linear, cosine'), ('--dtype=float8', 'expected auto or one of'),
+    ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch or resume'), ('--batch_size=0', 'at least 1'),
+    ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
+    ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
+])
+def test_wrong_settings_start_nothing(corpus, tmp_path, args, sentence):
+    text = run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/run', *args.split(), code=2)
+    assert sentence in text and text.count('\n') == 1 and not (tmp_path / 'run').exists()
+
+def test_a_run_is_not_overwritten_and_a_foreign_checkpoint_not_resumed(trained, corpus, tmp_path):
+    out, before = trained[0], (trained[0] / 'log.csv').read_bytes()
+    assert 'already holds a run' in run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={out}', code=2)
+    assert 'n_layer' in run('train.py --init_from=resume --n_layer=2', f'--out_dir={out}', code=2)
+    (tmp_path / 'half.pt').write_bytes((out / 'ckpt_best.pt').read_bytes()[:1000])
+    torch.save({'weights': 1}, tmp_path / 'foreign.pt')
+    torch.save({'format': 99}, tmp_path / 'newer.pt')
+    torch.save(os.system, tmp_path / 'unsafe.pt')
+    for name, sentence in [('half', 'truncated'), ('foreign', "has no 'format'"), ('newer', 'format 99'), ('unsafe', 'no checkpoint that can be read')]:
+        assert sentence in run(f'train.py --init_from=resume --ckpt={tmp_path}/{name}.pt', f'--out_dir={out}', code=2)
+        assert sentence in run(f'sample.py --ckpt={tmp_path}/{name}.pt', code=2)
+    assert (out / 'log.csv').read_bytes() == before
+    (tmp_path / 'file').write_text('')
+    assert 'cannot create the run folder' in run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/file/run', code=2)
+
+def test_readme_commands(tmp_path):
+    """ every python command line of the README and of the configs' docstrings, cut down to seconds """
+    text = open(os.path.join(ROOT, 'README.md')).read()
+    for name in sorted(os.listdir(os.path.join(ROOT, 'config'))):
+        text += open(os.path.join(ROOT, 'config', name)).read()
+    commands = set(re.findall(r'python ((?:train|sample|prepare)\.py\b[^\n#`&|]*)', text))
+    trains = sorted(c.strip() for c in commands if c.startswith('train.py') and 'resume' not in c)
+    assert trains
+    book = tmp_path / 'book.txt'
+    book.write_text('All work and no play makes a dull text. ' * 100)
+    prepare.prepare('text', str(tmp_path / 'data'), 'byte', input=str(book))
+    seen = set()
+    for i, command in enumerate(trains):
+        out = tmp_path / str(i)
+        run(command, *TINY, '--max_iters=2', '--scoreboard_windows=2', f'--dataset={tmp_path}/data', f'--out_dir={out}')
+        run('train.py --init_from=resume --max_iters=3', f'--out_dir={out}')
+    for command in sorted(c.strip() for c in commands if c.startswith('sample.py')):
+        command = re.sub(r'--start=("[^"]*"|\S+)', '--start=All', command)
+        run(command, '--max_new_tokens=5', f'--out_dir={out}')

@@ -1,0 +1,499 @@
+"""
+Train any objective on any prepared dataset, on one device or, under torchrun, on many:
+$ python train.py config/train_shakespeare_char.py --objective=ar
+$ python train.py --out_dir=out-shakespeare-char --init_from=resume
+$ torchrun --standalone --nproc_per_node=4 train.py config/train_shakespeare_char.py
+Everything a run is lands in out_dir: settings.json, log.csv, ckpt_latest.pt, ckpt_best.pt, results.json.
+Ctrl-C (or SIGTERM) finishes the iteration, saves and leaves.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import configurator
+import model as models
+from configurator import configure
+from prepare import Corpus, PrepareError, ensure, provider
+
+# -----------------------------------------------------------------------------
+# the run
+out_dir = 'out' # the run's folder; a second run never overwrites it
+init_from = 'scratch' # scratch | resume (goes on with the run in out_dir, under its own settings)
+ckpt = 'latest' # where to resume: latest | best | the path of a checkpoint
+eval_only = False # evaluate the run in out_dir, write results.json, leave
+seed = 1337 # of initialisation, data order, corruption and dropout
+# data
+dataset = 'shakespeare_char' # a name under data/, or the path of a prepared folder
+batch_size = 16 # rows per micro-step
+gradient_accumulation_steps = 1 # micro-steps per iteration, over all processes
+begin = True # ar reads a begin id first, so every token of a row is scored; False: nanoGPT's windows
+# model
+objective = 'ar' # a row of OBJECTIVES in model.py, or of the dataset's provider.py
+block_size = 128 # tokens of context
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0 # for small data, many epochs: 0.2
+bias = False # in linear layers and in layernorm
+pos = 'rope' # rope | learned
+norm = 'rmsnorm' # rmsnorm | layernorm
+mlp = 'swiglu' # swiglu | gelu
+qk_norm = True # unit-RMS queries and keys
+tie_weights = False # one matrix for embedding and head
+init = 'zero' # zero | gpt2: how output projections start
+attention = None # None: the objective's own default
+attn_backend = 'auto' # auto | sdpa | flex
+grad_checkpointing = False # less memory, about a third more time
+# optimizer
+optimizer = 'muon' # muon (attention and MLP matrices; AdamW for the rest) | adamw
+learning_rate = 4e-3 # peak, of AdamW
+muon_learning_rate = 0.02 # peak, of Muon
+weight_decay = 0.1 # of 2-D parameters
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0 # on the norm of all gradients; 0: off
+ema = 0.0 # decay of the averaged weights, reached as min(ema, (1+n)/(10+n)); 0: off
+# schedule
+max_iters = 1500
+max_epochs = 0.0 # if set, it decides max_iters; an epoch is as many tokens as the train split has
+warmup_iters = 100
+decay = 'linear' # linear | cosine | constant, after the warm-up
+decay_iters = 0 # iterations after which the decay is over; 0: max_iters
+final_lr = 0.0 # share of the peak that is left then
+# evaluation and log
+log_interval = 10 # iterations between lines
+eval_interval = 250 # iterations between evaluations
+eval_iters = 20 # batches of random windows per split and evaluation, always the same ones
+bound_samples = 4 # corruptions per text where the likelihood is a Monte Carlo bound
+scoreboard_windows = None # at the end, score so many non-overlapping windows of val; None: all, 0: no scoreboard
+wandb_log = False # Weights & Biases, if installed
+wandb_project = 'text-diffusion'
+wandb_run_name = None # None: out_dir
+wandb_tags = None # comma-separated
+# checkpoints
+ckpt_interval = 0 # iterations between checkpoints; 0: at every evaluation
+ckpt_epochs = 0.0 # epochs between checkpoints; if set, it decides ckpt_interval
+cleanup_checkpoints = True # keep latest and best only; False: also every ckpt_NNNNNN.pt
+# device
+device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mps | cpu
+dtype = 'auto' # auto (bfloat16 on cuda that has it, else float32) | float32 | bfloat16 | float16
+compile = None # torch.compile; None: on cuda only, because on a cpu it takes minutes
+# -----------------------------------------------------------------------------
+config = configure(globals())
+
+rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+master = rank == 0
+
+def fail(sentence):
+    sys.exit(2) if not master else configurator.fail(str(sentence))
+
+def say(*words):
+    if master:
+        print(*words, flush=True)
+
+# ---- the run folder
+
+def inside(name):
+    return os.path.join(out_dir, name)
+
+def write_atomically(path, write):
+    """ write(file) into a temporary file, then rename: a reader sees the old file or the new one, never half of one """
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        fail(f"cannot write {path}: {e.strerror}; what was saved before is untouched. Free some space or choose another --out_dir")
+
+def write_json(name, content):
+    write_atomically(inside(name), lambda f: f.write(json.dumps(content, indent=2).encode() + b'\n'))
+
+resume = init_from == 'resume' or eval_only
+if init_from not in ('scratch', 'resume'):
+    fail(f"init_from is {init_from!r}, expected scratch or resume")
+if resume: # the run's own settings, then what this command line says
+    try:
+        with open(inside('settings.json')) as f:
+            saved = json.load(f)
+    except (OSError, ValueError) as e:
+        fail(f"there is no run to resume in {out_dir}: {inside('settings.json')} cannot be read ({e})")
+    config = configure({k: saved.get(k, v) for k, v in config.items()})
+    globals().update(config)
+elif os.path.exists(inside('settings.json')):
+    fail(f"{out_dir} already holds a run: go on with it by --init_from=resume, or choose another --out_dir")
+
+# ---- device
+
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+if world > 1:
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    device = f'cuda:{local_rank}' if device.startswith('cuda') else device
+    if gradient_accumulation_steps % world:
+        fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes")
+try:
+    device = torch.device(device)
+    torch.zeros(1, device=device)
+except (RuntimeError, AssertionError) as e:
+    fail(f"device {device} cannot be used here ({str(e).splitlines()[0]}): try --device=auto or --device=cpu")
+if device.type == 'cuda':
+    torch.cuda.set_device(device)
+if dtype == 'auto':
+    dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+if dtype not in dtypes:
+    fail(f"dtype is {dtype!r}, expected auto or one of {', '.join(dtypes)}")
+torch.set_float32_matmul_precision('high') # tf32 where there is such a thing
+amp = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtypes[dtype])
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+compiles = device.type == 'cuda' if compile is None else compile
+# bf16 FLOP/s that the makers promise, dense
+peak_flops = next((flops for name, flops in {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+                                             '4090': 165e12, '3090': 71e12, 'V100': 125e12, 'T4': 65e12}.items()
+                   if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
+
+# ---- data and model
+
+micro_steps = gradient_accumulation_steps // world
+try:
+    if master:
+        ensure(dataset)
+    if world > 1:
+        dist.barrier()
+    corpus = Corpus(dataset)
+    meta = corpus.meta
+    objectives = models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {})
+    assert objective in objectives, f"objective is {objective!r}, expected one of {', '.join(objectives)}"
+    assert decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant"
+    assert batch_size >= 1 and micro_steps >= 1 and eval_iters >= 1 and log_interval >= 1 and eval_interval >= 1, \
+        "batch_size, gradient_accumulation_steps, eval_iters, log_interval and eval_interval must be at least 1"
+    torch.manual_seed(seed)
+    kind = objectives[objective]
+    own = {f.name for f in fields(models.GPTConfig)}
+    shape = {k: config[k] for k in own & config.keys()} | {k: meta[k] for k in own & meta.keys()}
+    shape |= {'begin_id': meta['begin_id'] if begin else None, 'attention': attention or kind.attentions[0]}
+    raw_model = kind(models.GPTConfig(**shape)).to(device)
+    for split in 'train', 'val': # what is wrong with a row is better said now than at the first evaluation
+        next(corpus.windows(split, 1, raw_model.row_length))
+    optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate, weight_decay,
+                                                (beta1, beta2))
+except (PrepareError, AssertionError) as e:
+    fail(e)
+T = raw_model.row_length
+tokens_per_iter = gradient_accumulation_steps * batch_size * raw_model.config.block_size
+epochs_per_iter = tokens_per_iter / corpus.tokens('train')
+if max_epochs > 0:
+    max_iters = math.ceil(max_epochs / epochs_per_iter)
+if ckpt_epochs > 0:
+    ckpt_interval = max(1, round(ckpt_epochs / epochs_per_iter))
+ckpt_interval = ckpt_interval or eval_interval
+for opt in optimizers:
+    for group in opt.param_groups:
+        group['peak_lr'] = group['lr']
+iteration, best = 0, math.inf
+ema_weights = {k: v.detach().clone() for k, v in raw_model.state_dict().items()} if ema > 0 else None
+
+if resume:
+    path = inside(f'ckpt_{ckpt}.pt') if ckpt in ('latest', 'best') else ckpt
+    try:
+        state = models.read_checkpoint(path)
+    except (OSError, ValueError) as e:
+        fail(e)
+    differ = [k for k, v in asdict(raw_model.config).items() if k not in ('dropout', 'attn_backend', 'grad_checkpointing')
+              and state['config'].get(k) != v]
+    if differ or state['objective'] != objective:
+        fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
+             f"resume with the run's own settings, or start anew in another --out_dir")
+    raw_model.load_state_dict(state['model'])
+    if ema_weights is not None and state['ema']:
+        ema_weights = {k: v.to(device) for k, v in state['ema'].items()}
+    for opt, saved in zip(optimizers, state['optimizers']):
+        opt.load_state_dict(saved)
+    scaler.load_state_dict(state['scaler'])
+    iteration, best = state['iteration'], state['best']
+    say(f"resumed {path}: iteration {iteration}, best {raw_model.bound_name or raw_model.loss_name} {best:.4f}")
+
+say(f"{objective} on {dataset}: {raw_model.n_params() / 1e6:.2f}M parameters, attention {raw_model.config.attention}, "
+    f"{tokens_per_iter:,} tokens per iteration, {max_iters:,} iterations = {max_iters * epochs_per_iter:.2f} epochs, "
+    f"{device} {dtype}{f' x {world}' if world > 1 else ''}")
+
+if compiles and not eval_only:
+    try:
+        torch._inductor.cpp_builder.get_cpp_compiler() if device.type == 'cpu' else None
+        raw_model.compile() # in place, so that names stay and checkpoints do not care
+    except Exception as e:
+        say(f"torch.compile cannot work here ({type(e).__name__}: {str(e).splitlines()[0]}); going on without it")
+# ranks seed and evaluate by themselves, so there is nothing to broadcast
+network = DDP(raw_model, device_ids=[local_rank] if device.type == 'cuda' else None, broadcast_buffers=False) if world > 1 else raw_model
+
+def to_device(batch):
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+
+def reseed(*where):
+    """ everything random after this depends on where alone, so resume and any split over processes repeat the run """
+    torch.manual_seed(int(np.random.SeedSequence((seed, *where)).generate_state(1)[0]))
+    return np.random.default_rng((seed, *where))
+
+# ---- evaluation
+
+@contextlib.contextmanager
+def evaluating(weights):
+    """ eval mode, with the averaged weights in place of the raw ones where weights is 'ema' """
+    if weights == 'ema':
+        raw = {k: v.clone() for k, v in raw_model.state_dict().items()}
+        raw_model.load_state_dict(ema_weights)
+    raw_model.eval()
+    try:
+        with torch.no_grad(), amp:
+            yield
+    finally:
+        if weights == 'ema':
+            raw_model.load_state_dict(raw)
+        raw_model.train()
+
+kinds_of_weights = ['raw'] + ['ema'] * (ema > 0)
+
+def score(batch, n_samples):
+    """ nats (B, n_samples) and scored tokens (B,); the training loss instead where an objective has no bound """
+    if raw_model.bound_name:
+        nats, scored = raw_model.nll_bound(**batch, n_samples=n_samples)
+    else:
+        scored = (batch['targets'] != -1).sum(1)
+        nats = (raw_model(**batch)[1] * scored)[:, None]
+    return nats.double().cpu(), scored.cpu()
+
+def random_windows(split):
+    """ nanoGPT's protocol: the mean over eval_iters batches of random windows, the same ones at every call """
+    nats = scored = 0
+    for i in range(eval_iters):
+        rng = reseed(2 ** 31, ('train', 'val').index(split), i)
+        n, s = score(to_device(corpus.batch(split, batch_size, T, rng)), 1)
+        nats, scored = nats + n.sum().item(), scored + s.sum().item()
+    return nats / scored
+
+def score_every_window(split='val'):
+    """ the scoreboard: every non-overlapping window of the split, nothing from outside the window as context """
+    nats, scored, there, shown = [], [], corpus.n_windows(split, T), time.time()
+    total = min(there, scoreboard_windows or there)
+    for i, batch in enumerate(corpus.windows(split, batch_size, T, total)):
+        reseed(2 ** 31 + 1, i)
+        n, s = score(to_device(batch), bound_samples if raw_model.bound_name != 'nll' else 1)
+        nats, scored = nats + [n], scored + [s]
+        if time.time() - shown > 10:
+            shown = time.time()
+            say(f"scoreboard: {sum(map(len, nats)):,} of {total:,} windows")
+    nats, scored = torch.cat(nats), torch.cat(scored).double()
+    mean, tokens, n = (nats.mean(1) / scored), scored.sum().item(), nats.size(1)
+    value = nats.mean(1).sum().item() / tokens
+    how_many = f'all {there:,}' if total == there else f'the first {total:,} of {there:,}'
+    return {'protocol': f'{how_many} non-overlapping windows of {T} tokens of {split}, {int(tokens):,} tokens scored',
+            'name': raw_model.bound_name or raw_model.loss_name, 'exact': raw_model.bound_name == 'nll', 'nats_per_token': value,
+            'perplexity': math.exp(min(value, 700)), 'samples_per_window': n,
+            'stderr_monte_carlo': (nats.var(1).sum() / n).sqrt().item() / tokens if n > 1 else 0.0,
+            'stderr_windows': mean.std().item() / math.sqrt(len(mean)) if len(mean) > 1 else 0.0}
+
+def evaluate():
+    """ {'train_nll': ..., 'val_nll': ..., 'val_nll_ema': ...} and the objective's own metrics, on master """
+    row, name = {}, raw_model.bound_name or raw_model.loss_name
+    for weights in kinds_of_weights:
+        with evaluating(weights):
+            suffix = '_ema' if weights == 'ema' else ''
+            row |= {f'{split}_{name}{suffix}': random_windows(split) for split in ('train', 'val')}
+            if weights == 'raw':
+                rng = reseed(2 ** 31 + 2)
+                row |= raw_model.metrics(**to_device(corpus.batch('val', batch_size, T, rng)))
+    return row
+
+def write_results():
+    results = {'objective': objective, 'dataset': dataset, 'iteration': iteration, 'parameters': raw_model.n_params(),
+               'train_tokens_seen': iteration * tokens_per_iter, 'device': str(device), 'dtype': dtype, 'weights': {}}
+    for weights in kinds_of_weights:
+        with evaluating(weights):
+            board = score_every_window()
+            windows = random_windows('val')
+        results['weights'][weights] = {'scoreboard': board, 'random_windows': windows}
+        sign = '=' if board['exact'] else '<='
+        say(f"{weights} weights, {board['protocol']}:\n  {board['name']} {sign} {board['nats_per_token']:.4f} nats/token "
+            f"(+- {board['stderr_monte_carlo']:.4f} Monte Carlo, +- {board['stderr_windows']:.4f} windows), "
+            f"perplexity {sign} {board['perplexity']:.3f}; by nanoGPT's random windows {windows:.4f}")
+    write_json('results.json', results)
+
+if eval_only:
+    if master:
+        write_results()
+    if world > 1:
+        dist.destroy_process_group()
+    sys.exit()
+
+# ---- the run remembers itself
+
+def commit():
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        return subprocess.check_output(['git', 'rev-parse', 'HEAD'], cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+log_rows, csv_names = [], []
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot create the run folder {out_dir}: {e.strerror}; choose another --out_dir")
+    write_json('settings.json', config | {'commit': commit(), 'torch': torch.__version__})
+    if resume and os.path.exists(inside('log.csv')): # what the checkpoint does not know of happens again
+        with open(inside('log.csv'), newline='') as f:
+            log_rows = [row for row in csv.DictReader(f) if int(row['iteration']) <= iteration]
+
+def log(row):
+    """ the whole file again, because a new column may have come; it stays small and is never half a file """
+    log_rows.append({k: repr(v) if isinstance(v, float) else v for k, v in row.items()})
+    names = list(dict.fromkeys(k for r in log_rows for k in r))
+    text = [names] + [[r.get(k, '') for k in names] for r in log_rows]
+    with open(inside('log.csv.tmp'), 'w', newline='') as f:
+        csv.writer(f).writerows(text)
+    os.replace(inside('log.csv.tmp'), inside('log.csv'))
+
+def save(is_best):
+    state = {'format': 1, 'objective': objective, 'config': asdict(raw_model.config), 'model': raw_model.state_dict(),
+             'ema': ema_weights, 'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': scaler.state_dict(),
+             'iteration': iteration, 'best': float(best), 'settings': config, 'meta': meta}
+    names = ['latest'] + ['best'] * is_best + [f'{iteration:06d}'] * (not cleanup_checkpoints)
+    for name in names:
+        write_atomically(inside(f'ckpt_{name}.pt'), lambda f: torch.save(state, f))
+
+if wandb_log and master:
+    try:
+        import wandb
+    except ImportError:
+        fail("wandb_log=True needs Weights & Biases: pip install wandb, or leave it off; log.csv has the same numbers")
+    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config, tags=wandb_tags and wandb_tags.split(','))
+
+# ---- the loop
+
+def learning_rate_factor(it):
+    if it < warmup_iters:
+        return (it + 1) / (warmup_iters + 1)
+    done = min(1.0, (it - warmup_iters) / max(1, (decay_iters or max_iters) - warmup_iters)) # 0 to 1
+    shapes = {'linear': 1 - done, 'cosine': 0.5 * (1 + math.cos(math.pi * done)), 'constant': 1.0}
+    return final_lr + (1 - final_lr) * shapes[decay]
+
+def duration(seconds):
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}h {m % 60:02d}m" if m >= 60 else f"{m}m {s:02d}s" if m else f"{s}s"
+
+stop_asked = False
+
+def ask_to_stop(signum, frame):
+    global stop_asked
+    stop_asked = True
+    signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL) # a second one is final
+
+def somebody_asked_to_stop():
+    if world == 1:
+        return stop_asked
+    flag = torch.tensor(float(stop_asked), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+def train_step():
+    """ one iteration: (mean loss, gradient norm), both over all processes """
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = group['peak_lr'] * learning_rate_factor(iteration)
+    total = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        rng = reseed(iteration, micro_step * world + rank)
+        batch = to_device(corpus.batch('train', batch_size, T, rng))
+        last = micro_step == micro_steps - 1
+        with contextlib.nullcontext() if world == 1 or last else network.no_sync():
+            with amp:
+                _, loss = network(**batch)
+            scaler.scale(loss / micro_steps).backward()
+        total += loss.detach() / micro_steps
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip if grad_clip > 0 else math.inf)
+    for opt in optimizers:
+        scaler.step(opt)
+    scaler.update()
+    for opt in optimizers:
+        opt.zero_grad(set_to_none=True)
+    if ema_weights is not None: # a young average would otherwise remember the initialisation for ever
+        beta = min(ema, (1 + iteration) / (10 + iteration))
+        torch._foreach_lerp_(list(ema_weights.values()), [v.detach() for v in raw_model.state_dict().values()], 1 - beta)
+    if world > 1:
+        dist.all_reduce(total)
+    return total / world, norm
+
+def train():
+    global iteration, best
+    clock, since, started = time.time(), iteration, iteration
+    while iteration < max_iters:
+        loss, norm = train_step()
+        iteration += 1
+        leave = somebody_asked_to_stop()
+        logs = iteration % log_interval == 0 or iteration == max_iters or iteration == started + 1
+        evaluates = iteration % eval_interval == 0 or iteration == max_iters
+        row = {'iteration': iteration, 'epoch': iteration * epochs_per_iter, 'tokens': iteration * tokens_per_iter}
+        if logs and master:
+            speed = (iteration - since) * tokens_per_iter / (time.time() - clock)
+            clock, since = time.time(), iteration
+            row |= {raw_model.loss_name: loss.item(), 'grad_norm': norm.item(), 'lr': optimizers[0].param_groups[0]['lr'],
+                    'tokens_per_second': round(speed)}
+            mfu = raw_model.estimate_mfu(speed, peak_flops * world) if peak_flops else None
+            eta = (max_iters - iteration) * tokens_per_iter / speed
+            say(f"iter {iteration}/{max_iters} | epoch {row['epoch']:.2f} | {raw_model.loss_name} {row[raw_model.loss_name]:.4f} | "
+                f"lr {row['lr']:.1e} | {speed:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | eta {duration(eta)}")
+        is_best = False
+        if evaluates and master:
+            paused = time.time()
+            result = evaluate()
+            watched = result[f"val_{raw_model.bound_name or raw_model.loss_name}{'_ema' if ema > 0 else ''}"]
+            is_best, best, row = watched < best, min(best, watched), row | result
+            say(f"iter {iteration} | " + ' | '.join(f"{k} {v:.4f}" for k, v in result.items()) + (' | best so far' if is_best else ''))
+            clock += time.time() - paused
+        if (logs or evaluates) and master:
+            log(row)
+            if wandb_log:
+                wandb.log(row, step=iteration)
+        if master and (is_best or leave or iteration % ckpt_interval == 0 or iteration == max_iters):
+            paused = time.time()
+            save(is_best)
+            clock += time.time() - paused
+        if leave:
+            say(f"asked to stop: saved iteration {iteration}; go on with python train.py --out_dir={out_dir} --init_from=resume")
+            break
+    return iteration == max_iters
+
+for s in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(s, ask_to_stop)
+raw_model.train()
+try:
+    finished = train()
+except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+    if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+        raise
+    fail(f"out of memory on {device} at batch_size={batch_size}, block_size={block_size}: lower batch_size and raise "
+         f"gradient_accumulation_steps by the same factor, or set grad_checkpointing=True")
+if world > 1:
+    dist.destroy_process_group()
+if finished and scoreboard_windows != 0 and master:
+    write_results()
