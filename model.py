@@ -98,14 +98,16 @@ class Cache:
     A pass writes behind the `length` positions already kept; keep(n) makes the next n of them permanent.
     """
     def __init__(self, config, batch, size, like):
-        shape = (config.n_layer, 2, batch, config.n_head, size, config.n_embd // config.n_head)
-        self.kv, self.size, self.length = like.new_empty(shape), size, 0
+        shape = (config.n_layer, batch, config.n_head, size, config.n_embd // config.n_head)
+        self.k, self.v, self.size, self.length = like.new_empty(shape).unbind(), like.new_empty(shape).unbind(), size, 0
 
     def append(self, layer, k, v):
-        end = self.length + k.size(2)
-        assert end <= self.size, f"{end} positions do not fit a cache of {self.size}"
-        self.kv[layer, 0, :, :, self.length:end], self.kv[layer, 1, :, :, self.length:end] = k, v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        """ k, v (B, H, T, D) of a layer -> all keys and values so far, (B, H, length + T, D) """
+        n, keys, values = k.size(2), self.k[layer], self.v[layer]
+        assert self.length + n <= self.size, f"{self.length + n} positions do not fit a cache of {self.size}"
+        keys.narrow(2, self.length, n).copy_(k)
+        values.narrow(2, self.length, n).copy_(v)
+        return keys.narrow(2, 0, self.length + n), values.narrow(2, 0, self.length + n)
 
     def keep(self, n):
         self.length += n
@@ -128,7 +130,7 @@ class GPTConfig:
     pos: str = 'rope' # rope | learned
     norm: str = 'rmsnorm' # rmsnorm | layernorm
     mlp: str = 'swiglu' # swiglu | gelu; equal in parameters
-    qk_norm: bool = True # queries and keys get unit RMS before they meet
+    qk_norm: bool = True # layernorm without parameters on queries and keys (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = False # one matrix for embedding and head
     init: str = 'zero' # zero: output projections (and an untied head) start at 0 | gpt2: small normals, scaled by depth
     attention: str = 'causal' # causal | full | block | hierarchical: see block_ids
@@ -162,6 +164,10 @@ def rotate(x, cos, sin):
     """ rotary positions: dimension i < D/2 and dimension i + D/2 of x (..., D) are the two coordinates of a pair """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
+def drop(x, module):
+    """ dropout, where there is any """
+    return F.dropout(x, module.dropout) if module.training and module.dropout else x
+
 class Attention(nn.Module):
 
     def __init__(self, config, layer):
@@ -174,18 +180,17 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if self.qk_norm or rope is not None:
-            qk, v = qkv[:, :, :2], qkv[:, :, 2] # queries and keys take the same two steps, so take them together
-            qk = F.rms_norm(qk, qk.shape[-1:]) if self.qk_norm else qk
+            qk, v = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2) # queries and keys take the same steps, so take them together
+            qk = F.layer_norm(qk, qk.shape[-1:]) if self.qk_norm else qk
             qk = rotate(qk, *rope) if rope is not None else qk
-            q, k = qk.unbind(2)
+            q, k = qk.permute(2, 0, 3, 1, 4).unbind()
         else:
-            q, k, v = qkv.unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2) # (B, H, T, D)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind() # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v) # (B, H, length + T, D)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        return drop(y, self)
 
 class MLP(nn.Module):
 
@@ -204,7 +209,7 @@ class MLP(nn.Module):
             x = F.silu(gate) * x # https://arxiv.org/abs/2002.05202
         else:
             x = F.gelu(x)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return drop(self.c_proj(x), self)
 
 class Block(nn.Module):
 
@@ -260,7 +265,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.attention in self.attentions, \
             f"{type(self).__name__} works with attention {' | '.join(self.attentions)}, not {config.attention!r}"
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         self.transformer = nn.ModuleDict(dict(
             wte = nn.Embedding(config.vocab_size, config.n_embd),
             h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
@@ -303,7 +308,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if self.config.pos == 'learned':
             x = x + self.transformer.wpe(pos)
-        return F.dropout(x, self.config.dropout, self.training)
+        return drop(x, self)
 
     def trunk(self, x, pos, mask, cache=None):
         """ x (B, N, C) at positions pos (N,) -> (B, N, C), normalised. mask as in attend; cache: rows follow what it keeps """
@@ -373,35 +378,36 @@ class GPT(nn.Module):
         from (B, V) and {'nfe': network evaluations, 'done': positions settled, 'total': positions in all}.
         The KV cache is exact. When the context is full, the newer half of it is read again from position 0 and writing goes on.
         """
-        B, given = idx.shape
+        B, given = idx.size(0), (idx != -1).sum(1) # (B,), prompt lengths
         begin = idx.new_full((B, self.config.begin_id is not None), self.config.begin_id or 0) # (B, 1) or (B, 0)
-        out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
-        first = int((out != -1).long().cumprod(1).sum(1).min()) # the shortest prompt decides where writing starts
+        first, T, room = int(given.min()) if B else 0, idx.size(1), self.config.block_size - begin.size(1)
         assert first + begin.size(1) > 0, "without a begin id a prompt needs at least one token"
-        assert ((out[:, :-1] != -1) | (out[:, 1:] == -1)).all(), "a prompt has a gap (-1 before a given token): ar only writes on"
+        assert ((idx != -1).cumprod(1).sum(1) == given).all(), "a prompt has a gap (-1 before a given token): ar only writes on"
+        out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        cache, room = None, self.config.block_size - begin.size(1)
-        for n in range(first, out.size(1)):
+        cache = None
+        for n in range(first, out.size(1)): # the shortest prompt decides where writing starts
             if cache is None or cache.length == cache.size:
                 kept = room if cache is None else max(1, room // 2)
                 window = torch.cat((begin, out[:, max(0, n - kept):n]), dim=1)
                 cache = Cache(self.config, B, min(self.config.block_size, window.size(1) + out.size(1) - n), self.lm_head.weight)
             else:
                 window = out[:, n - 1:n]
-            pos = torch.arange(cache.length, cache.length + window.size(1), device=idx.device)
-            x = self.trunk(self.embed(window, pos), pos, 'full' if window.size(1) == 1 else 'causal', cache)
-            cache.keep(window.size(1))
-            probs = token_probs(self.logits(x[:, -1]), temperature, top_k, top_p) # (B, V)
-            token = draw(probs)
+            with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
+                pos = torch.arange(cache.length, cache.length + window.size(1), device=idx.device)
+                x = self.trunk(self.embed(window, pos), pos, 'full' if window.size(1) == 1 else 'causal', cache)
+                cache.keep(window.size(1))
+                probs = token_probs(self.logits(x[:, -1]), temperature, top_k, top_p) # (B, V)
+                token = draw(probs)
             if stop is not None:
                 token = token.masked_fill(ended, stop)
-            out[:, n] = torch.where(out[:, n] == -1, token, out[:, n]) # a longer prompt keeps its own
+            out[:, n] = token if n >= T else torch.where(out[:, n] == -1, token, out[:, n]) # a longer prompt keeps its own
             if stop is not None:
-                ended |= (out[:, n] == stop) & (n >= (idx != -1).sum(1))
+                ended |= (out[:, n] == stop) & (n >= given)
             if on_step is not None:
                 on_step(n - first + 1, out[:, :n + 1], probs, {'nfe': n - first + 1, 'done': n + 1, 'total': out.size(1)})
             if stop is not None and ended.all():
-                out[:, n + 1:] = torch.where(out[:, n + 1:] == -1, stop, out[:, n + 1:])
+                out[:, n + 1:] = stop
                 break
         return out
 

@@ -82,7 +82,8 @@ def main():
         objectives = models.OBJECTIVES | provider(state['settings']['dataset']).get('OBJECTIVES', {})
         model, _ = models.load_checkpoint(state, where, weights, objectives)
         tokenizer = Tokenizer(state['meta'])
-        prompt, stop_at = encode_prompt(tokenizer, start).to(where), stop_id(tokenizer, stop)
+        first = start or '\n' * (model.config.begin_id is None) # something must come first
+        prompt, stop_at = encode_prompt(tokenizer, first).to(where), stop_id(tokenizer, stop)
         print(f"loaded {path}: {state['objective']}, {model.n_params() / 1e6:.2f}M parameters, iteration {state['iteration']} on "
               f"{state['settings']['dataset']}, {'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
               f"{state['meta']['tokenizer']} tokens, {where}", file=sys.stderr)

@@ -51,7 +51,7 @@ bias = False # in linear layers and in layernorm
 pos = 'rope' # rope | learned
 norm = 'rmsnorm' # rmsnorm | layernorm
 mlp = 'swiglu' # swiglu | gelu
-qk_norm = True # unit-RMS queries and keys
+qk_norm = True # layernorm without parameters on queries and keys
 tie_weights = False # one matrix for embedding and head
 init = 'zero' # zero | gpt2: how output projections start
 attention = None # None: the objective's own default
@@ -345,13 +345,11 @@ if eval_only:
 # ---- the run remembers itself
 
 def commit():
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        return subprocess.check_output(['git', 'rev-parse', 'HEAD'], cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    git = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD']
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
 
-log_rows, csv_names = [], []
+log_rows, log_columns = [], []
 if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -360,16 +358,21 @@ if master:
     write_json('settings.json', config | {'commit': commit(), 'torch': torch.__version__})
     if resume and os.path.exists(inside('log.csv')): # what the checkpoint does not know of happens again
         with open(inside('log.csv'), newline='') as f:
-            log_rows = [row for row in csv.DictReader(f) if int(row['iteration']) <= iteration]
+            log_rows = [row for row in csv.DictReader(f) if row['iteration'].isdigit() and int(row['iteration']) <= iteration]
 
 def log(row):
-    """ the whole file again, because a new column may have come; it stays small and is never half a file """
+    """ one more line of log.csv; the whole file again where a column is new, or the first time after a resume """
     log_rows.append({k: repr(v) if isinstance(v, float) else v for k, v in row.items()})
-    names = list(dict.fromkeys(k for r in log_rows for k in r))
-    text = [names] + [[r.get(k, '') for k in names] for r in log_rows]
-    with open(inside('log.csv.tmp'), 'w', newline='') as f:
-        csv.writer(f).writerows(text)
-    os.replace(inside('log.csv.tmp'), inside('log.csv'))
+    whole = not row.keys() <= set(log_columns)
+    if whole:
+        log_columns[:] = dict.fromkeys(k for r in log_rows for k in r)
+    table = [log_columns] * whole + [[r.get(k, '') for k in log_columns] for r in (log_rows if whole else log_rows[-1:])]
+    text = ''.join(','.join(map(str, line)) + '\n' for line in table).encode()
+    if whole:
+        write_atomically(inside('log.csv'), lambda f: f.write(text))
+    else:
+        with open(inside('log.csv'), 'ab') as f:
+            f.write(text)
 
 def save(is_best):
     state = {'format': 1, 'objective': objective, 'config': asdict(raw_model.config), 'model': raw_model.state_dict(),
