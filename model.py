@@ -10,8 +10,9 @@ References: nanoGPT for the network and the loop (https://github.com/karpathy/na
 BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573).
 """
 
+import contextlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -49,33 +50,58 @@ ATTENTIONS = {
     'hierarchical': _hierarchical_ids,
 }
 
-def mask_mod(block, noisy):
+def mask_mod(block, noisy, clean_causal=False):
     """
     The one attention rule, a pure function of indices, for SDPA (as a bool matrix) and FlexAttention alike.
     block: (N,) or (B, N) int, the block of each row; noisy: (N,) bool, this row is the corrupted copy of a token whose
     clean copy is also in the sequence. A noisy token is seen only by its own noisy block; a clean token is seen by every
     later block and by its own clean block. The diagonal is always allowed, so no row of a softmax is ever empty.
     With block = cat(ids, ids), noisy first, this is BD3-LM's three-part training mask (https://arxiv.org/abs/2503.09573).
+    clean_causal: a clean row sees no later clean row of its own block either, so the clean rows alone are a GPT.
     """
     def mod(b, h, q_idx, kv_idx):
         at = (lambda i: block[i]) if block.dim() == 1 else (lambda i: block[b, i])
         same, past = at(q_idx) == at(kv_idx), at(q_idx) > at(kv_idx)
-        return torch.where(noisy[kv_idx], same & noisy[q_idx], past | same & ~noisy[q_idx])
+        clean = same & ~noisy[q_idx]
+        if clean_causal:
+            clean = clean & (q_idx >= kv_idx)
+        return torch.where(noisy[kv_idx], same & noisy[q_idx], past | clean)
     return mod
 
-def dense_mask(block, noisy=None):
-    """ mask_mod as a bool matrix, True = may look: (N, N) for block (N,), (B, 1, N, N) for block (B, N) """
-    N = block.size(-1)
-    noisy = torch.zeros(N, dtype=torch.bool, device=block.device) if noisy is None else noisy
-    i = torch.arange(N, device=block.device)
+def dense_mask(block, noisy=None, clean_causal=False, rows=slice(None), cols=slice(None)):
+    """ mask_mod as a bool matrix, True = may look, or a part of it: (N, N) for block (N,), (B, 1, N, N) for block (B, N) """
+    i = torch.arange(block.size(-1), device=block.device)
+    noisy = torch.zeros_like(i, dtype=torch.bool) if noisy is None else noisy
     b = None if block.dim() == 1 else torch.arange(block.size(0), device=block.device)[:, None, None, None]
-    return mask_mod(block, noisy)(b, None, i[:, None], i[None, :])
+    return mask_mod(block, noisy, clean_causal)(b, None, i[rows, None], i[None, cols])
+
+def flex_mask(block, noisy=None, clean_causal=False, rows=slice(None), cols=slice(None)):
+    """ the same for FlexAttention, which skips the tiles that nobody may look at """
+    from torch.nn.attention.flex_attention import create_block_mask
+    i = torch.arange(block.size(-1), device=block.device)
+    noisy = torch.zeros_like(i, dtype=torch.bool) if noisy is None else noisy
+    mod, q, k = mask_mod(block, noisy, clean_causal), i[rows], i[cols]
+    return create_block_mask(lambda b, h, q_idx, kv_idx: mod(b, h, q[q_idx], k[kv_idx]), block.size(0) if block.dim() > 1 else None,
+                             None, len(q), len(k), device=block.device)
+
+@dataclass
+class Streams:
+    """ masks of a two-stream pass: T noisy rows first, then clean ones """
+    T: int
+    noisy: object # (T, T + clean rows)
+    clean: object # (clean rows, clean rows)
 
 def attend(q, k, v, mask, dropout_p=0.0):
     """
     Scaled dot-product attention, (B, H, Tq, D) over (B, H, Tk, D). mask: 'causal' (queries and keys begin together),
-    'full', a bool matrix that broadcasts to (B, H, Tq, Tk), or a FlexAttention BlockMask.
+    'full', a bool matrix that broadcasts to (B, H, Tq, Tk), a FlexAttention BlockMask, or for two streams laid end to end a
+    pair: one for the T noisy queries over all keys, one for the clean queries, if there are any, over the clean keys.
     """
+    if isinstance(mask, Streams): # two calls compute 3/4 of what one dense matrix over both streams would
+        y = attend(q[:, :, :mask.T], k, v, mask.noisy, dropout_p)
+        if q.size(2) == mask.T:
+            return y
+        return torch.cat((y, attend(q[:, :, mask.T:], k[:, :, mask.T:], v[:, :, mask.T:], mask.clean, dropout_p)), dim=2)
     if isinstance(mask, str):
         # no matrix: the kernels skip what is_causal rules out
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=mask == 'causal')
@@ -134,6 +160,15 @@ class GPTConfig:
     tie_weights: bool = False # one matrix for embedding and head
     init: str = 'zero' # zero: output projections (and an untied head) start at 0 | gpt2: small normals, scaled by depth
     attention: str = 'causal' # causal | full | block | hierarchical: see block_ids
+    diffusion_block_size: int = None # tokens per block; None: segments of a hierarchy stay whole
+    segments: str = None # lengths of a hierarchy, the question first: '128,128,256'
+    mask_id: int = None # what a hidden token reads as
+    t_min: float = 0.0 # noise levels that training draws; bounds always use all of (0, 1]
+    t_max: float = 1.0
+    t_dist: str = 'uniform' # uniform | bell: Beta(2, 2), another weighting of the same losses (https://arxiv.org/abs/2605.13026)
+    single_ratio_per_sequence: bool = True # False: a noise level per token; then the loss is no bound
+    clean_causal: bool = False # bd3lm: clean tokens see no later ones of their block, so the clean stream is a GPT
+    ar_weight: float = 0.0 # bd3lm: weight of that GPT's next-token loss
     attn_backend: str = 'auto' # auto | sdpa | flex. auto: flex on cuda where there is a mask to skip, else sdpa
     grad_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, ~1/3 more time
 
@@ -147,17 +182,22 @@ class GPTConfig:
         self.text_size = self.vocab_size if self.text_size is None else self.text_size
         assert self.text_size <= self.vocab_size, f"text_size {self.text_size} exceeds vocab_size {self.vocab_size}"
 
+    @property
+    def n_positions(self):
+        """ a begin id comes in addition to the text """
+        return self.block_size + (self.begin_id is not None)
+
 CHOICES = {'pos': ('rope', 'learned'), 'norm': ('rmsnorm', 'layernorm'), 'mlp': ('swiglu', 'gelu'),
-           'init': ('zero', 'gpt2'), 'attention': tuple(ATTENTIONS), 'attn_backend': ('auto', 'sdpa', 'flex')}
+           'init': ('zero', 'gpt2'), 't_dist': ('uniform', 'bell'), 'attention': tuple(ATTENTIONS), 'attn_backend': ('auto', 'sdpa', 'flex')}
 
 def make_norm(config):
     return nn.RMSNorm(config.n_embd, eps=1e-5) if config.norm == 'rmsnorm' else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 def rope_table(config):
-    """ cos and signed sin of position * frequency, (2, block_size, D) for heads of D, https://arxiv.org/abs/2104.09864 """
+    """ cos and signed sin of position * frequency, (2, n_positions, D) for heads of D, https://arxiv.org/abs/2104.09864 """
     half = config.n_embd // config.n_head // 2
     freq = 10000.0 ** (-torch.arange(half).float() / half)
-    angle = torch.arange(config.block_size).float()[:, None] * freq
+    angle = torch.arange(config.n_positions).float()[:, None] * freq
     return torch.stack((angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)))
 
 def rotate(x, cos, sin):
@@ -176,7 +216,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias) # query, key, value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, rope, mask, cache=None):
+    def forward(self, x, rope, mask, cache=None, rows=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if self.qk_norm or rope is not None:
@@ -188,8 +228,8 @@ class Attention(nn.Module):
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind() # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v) # (B, H, length + T, D)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = attend(q[:, :, :rows], k, v, mask, self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, -1, C))
         return drop(y, self)
 
 class MLP(nn.Module):
@@ -218,8 +258,9 @@ class Block(nn.Module):
         self.ln_1, self.attn = make_norm(config), Attention(config, layer)
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, rope, mask, cache=None):
-        x = x + self.attn(self.ln_1(x), rope, mask, cache)
+    def forward(self, x, rope, mask, cache=None, rows=None):
+        """ rows: how many rows, counted from the first, anybody needs after this layer (None: all) """
+        x = x[:, :rows] + self.attn(self.ln_1(x), rope, mask, cache, rows)
         return x + self.mlp(self.ln_2(x))
 
 # -----------------------------------------------------------------------------
@@ -248,6 +289,48 @@ def draw(probs):
     """ one id per distribution, (..., V) -> (...); multinomial, because a float32 Gumbel race lowers the temperature """
     return torch.multinomial(probs.flatten(0, -2), 1).view(probs.shape[:-1])
 
+def random_subset(groups, eligible, k):
+    """ k[b, g] random positions of every group, among the eligible ones: groups (B, T) int, eligible (B, T) bool -> (B, T) bool """
+    r = torch.rand(groups.shape, device=groups.device).masked_fill(~eligible, 2.0)
+    shuffled = r.argsort(1)
+    order = shuffled.gather(1, groups.gather(1, shuffled).argsort(dim=1, stable=True)) # by group, shuffled within, eligible first
+    sizes = torch.zeros_like(k).scatter_add(1, groups, torch.ones_like(groups))
+    sorted_groups = groups.gather(1, order)
+    rank = torch.arange(groups.size(1), device=groups.device) - (sizes.cumsum(1) - sizes).gather(1, sorted_groups)
+    chosen = rank < k.gather(1, sorted_groups)
+    return torch.zeros_like(eligible).scatter(1, order, chosen) & eligible
+
+def first_hitting(hidden, steps=None):
+    """
+    Reveal one hidden position per row and network call, uniformly chosen: masked diffusion in the limit of infinitely many
+    steps, without the calls that would reveal nothing (https://arxiv.org/abs/2409.02908). Yields (B, n) bool.
+    """
+    while hidden.any():
+        r = torch.rand(hidden.shape, device=hidden.device).masked_fill(~hidden, -1.0)
+        reveal = F.one_hot(r.argmax(1), r.size(1)).bool() & hidden # a row with nothing hidden reveals nothing
+        yield reveal
+        hidden = hidden & ~reveal
+
+def ancestral(hidden, steps):
+    """
+    The reverse process in `steps` equal steps from t = 1 to 0: a token still hidden at t is revealed by s < t with probability
+    (t - s) / t, which is 1 at the last step. Steps that reveal nothing call no network. Yields (B, n) bool.
+    """
+    for i in range(steps):
+        reveal = hidden & (torch.rand(hidden.shape, device=hidden.device) < 1 / (steps - i))
+        if reveal.any():
+            yield reveal
+        hidden = hidden & ~reveal
+
+SAMPLERS = {'first_hitting': first_hitting, 'ancestral': ancestral}
+# which hidden token a deterministic order takes next: the largest value, ties by position. Where all is hidden every
+# position may predict the same, so values are rounded: else the last bit of a sum would decide
+ORDERS = {
+    'left_to_right': lambda probs: -torch.arange(probs.size(1), device=probs.device).expand(probs.shape[:2]).to(probs.dtype),
+    'confidence': lambda probs: probs.max(-1).values.round(decimals=4),
+    'margin': lambda probs: probs.topk(2).values.diff(dim=-1).neg().squeeze(-1).round(decimals=4),
+}
+
 # -----------------------------------------------------------------------------
 # objectives
 
@@ -272,7 +355,7 @@ class GPT(nn.Module):
             ln_f = make_norm(config),
         ))
         if config.pos == 'learned':
-            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.transformer.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
@@ -294,9 +377,18 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     @property
+    def measured(self):
+        """ the name of the number by which models are compared """
+        return self.bound_name or self.loss_name
+
+    @property
     def row_length(self):
         """ tokens of text in a training row: without a begin id the first one is only context, as in nanoGPT """
         return self.config.block_size + (self.config.begin_id is None)
+
+    def views(self):
+        """ {objective: model}: what else these weights can be read as; evaluated beside the model itself """
+        return {}
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -310,16 +402,20 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(pos)
         return drop(x, self)
 
-    def trunk(self, x, pos, mask, cache=None):
-        """ x (B, N, C) at positions pos (N,) -> (B, N, C), normalised. mask as in attend; cache: rows follow what it keeps """
+    def trunk(self, x, pos, mask, cache=None, rows=None):
+        """
+        x (B, N, C) at positions pos (N,) -> (B, N, C), normalised; mask as in attend. cache: the rows follow what it keeps.
+        rows: only so many, counted from the first, are wanted, so the last layer computes no others.
+        """
         rope = None
         if self.config.pos == 'rope': # written out for every head, because broadcasting costs more than reading
             rope = self.rope[:, pos, None, None].to(x.dtype).expand(-1, -1, 2, self.config.n_head, -1).contiguous()
         for block in self.transformer.h:
+            last = rows if block is self.transformer.h[-1] else None
             if self.config.grad_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, None, last, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache)
+                x = block(x, rope, mask, cache, last)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -337,7 +433,7 @@ class GPT(nn.Module):
     def next_token_logits(self, idx):
         """ idx (B, T) -> logits (B, T, V) of the token after each position """
         T = idx.size(1)
-        assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
+        assert T <= self.config.n_positions, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
         pos = torch.arange(T, device=idx.device)
         return self.logits(self.trunk(self.embed(idx, pos), pos, 'causal'))
 
@@ -356,7 +452,7 @@ class GPT(nn.Module):
     def nll_bound(self, idx, targets, n_samples=1):
         """ -log p of the scored tokens in nats, (B, n_samples), and how many there are, (B,). Exact here: columns agree """
         inputs, targets = self.shift(idx, targets)
-        logits = self.next_token_logits(inputs).float()
+        logits = self.next_token_logits(inputs)
         nll = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction='none').sum(1) # (B,)
         return nll[:, None].expand(-1, n_samples), (targets != -1).sum(1)
 
@@ -364,7 +460,7 @@ class GPT(nn.Module):
     def metrics(self, idx, targets):
         """ what the log shows beside the loss, over scored tokens: accuracy, and the mean entropy of predictions (nats) """
         inputs, targets = self.shift(idx, targets)
-        probs = self.next_token_logits(inputs).float().softmax(-1)
+        probs = self.next_token_logits(inputs).softmax(-1)
         scored = targets != -1
         return {'accuracy': (probs.argmax(-1) == targets)[scored].float().mean().item(),
                 'entropy': -torch.xlogy(probs, probs).sum(-1)[scored].mean().item()}
@@ -443,7 +539,412 @@ class GPT(nn.Module):
         """ model flops utilization: the share of the hardware's peak (FLOP/s) that the step's necessary arithmetic makes up """
         return self.flops_per_token() * tokens_per_second / peak_flops
 
-OBJECTIVES = {'ar': GPT}
+class Denoiser(GPT):
+    """
+    denoise: a provider corrupted idx and kept in targets what stood there; fill in. Also what all masked diffusion shares: one or
+    two streams of attention, and generation by iterative unmasking.
+    """
+    loss_name, bound_name = 'ce', None # whatever the provider's corruption is, its cross-entropy bounds no likelihood
+    attentions = ('full', 'causal', 'block', 'hierarchical')
+
+    def __init__(self, config):
+        super().__init__(config)
+        c, name = config, type(self).__name__
+        assert c.mask_id is not None, f"{name} needs mask_id, the id that a hidden token reads as"
+        assert 0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]"
+        assert c.ar_weight == 0 or c.clean_causal, "ar_weight needs clean_causal=True: else a clean token sees the next one"
+        segments = [int(n) for n in c.segments.split(',')] if c.segments else None
+        cut = c.diffusion_block_size if c.attention == 'block' or self.two_streams else None
+        self.register_buffer('ids', block_ids(c.attention, c.block_size, cut, segments), persistent=False)
+        self.id_list = self.ids.tolist() # for decisions that must not wait for a device
+        self._masks = {} # built once per length and device
+    two_streams = False # trained on a noisy and a clean copy of the text at once
+
+    @property
+    def row_length(self):
+        return self.config.block_size
+
+    @property
+    def blockwise(self):
+        """ is a block denoised when those before it are clean (else the row as a whole is)? It is what generation does """
+        return self.two_streams or self.config.attention == 'hierarchical'
+
+    @property
+    def lead(self):
+        """ clean rows before the text: the begin id, where there is a clean stream for it to begin """
+        return int(self.two_streams and self.config.begin_id is not None)
+
+    def mask(self, block, noisy=None, rows=slice(None), cols=slice(None), key=None):
+        """ the attention rule as the backend wants it; kept under `key` for the next call """
+        backend = self.config.attn_backend
+        make = flex_mask if backend == 'flex' or backend == 'auto' and block.is_cuda else dense_mask
+        key = key and (*key, block.device)
+        if key is None or key not in self._masks:
+            mask = make(block, noisy, self.config.clean_causal, rows, cols)
+            if key is None:
+                return mask
+            self._masks[key] = mask
+        return self._masks[key]
+
+    def one_stream(self, xt, block_ids=None):
+        """ xt (B, T), hidden or not, sees itself through the attention pattern -> (B, T, C) """
+        T, pos = xt.size(1), torch.arange(xt.size(1), device=xt.device)
+        if block_ids is not None:
+            mask = self.mask(block_ids)
+        elif self.id_list[T - 1] == 0:
+            mask = 'full'
+        else:
+            mask = 'causal' if self.config.attention == 'causal' else self.mask(self.ids[:T], key=(T,))
+        return self.trunk(self.embed(xt, pos), pos, mask)
+
+    def two_stream(self, xt, x0, block_ids=None, clean_too=False):
+        """
+        Every block of xt (B, T) sees itself and the clean blocks before it -> (B, T, C), one pass for all blocks.
+        clean_too: the states of the clean rows follow, those of begin, x0[:, :-1].
+        """
+        T, lead = xt.size(1), self.lead
+        ids = self.ids[:T] if block_ids is None else block_ids
+        # nobody looks at the clean copy of the last block, and the last token is nobody's past
+        n = T - 1 if clean_too or block_ids is not None else self.id_list.index(self.id_list[T - 1])
+        clean = F.pad(x0[:, :n], (lead, 0), value=self.config.begin_id or 0)
+        if clean.size(1) == 0: # one block spans the sequence
+            return self.one_stream(xt, block_ids)
+        N = T + n + lead
+        block = torch.cat((ids + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
+        row = torch.arange(N, device=xt.device)
+        noisy, key = row < T, None if block_ids is not None else (T, n)
+        over_all = self.mask(block, noisy, slice(0, T), key=key and (*key, 'noisy'))
+        over_clean = self.mask(block, noisy, slice(T, N), slice(T, N), key and (*key, 'clean')) if not self.config.clean_causal else 'causal'
+        streams = Streams(T, over_all, over_clean)
+        pos = torch.where(noisy, row + lead, row - T) # a noisy token stands where its clean copy stands
+        x = torch.cat((xt, clean), dim=1)
+        return self.trunk(self.embed(x, pos), pos, streams, rows=None if clean_too else T)
+
+    def ce(self, x, targets, rows):
+        """ states x (B, T, C) -> logits (R, V) and cross-entropies (R,) of the rows, flat indices into B * T """
+        logits = self.logits(x.flatten(0, 1)[rows])
+        return logits, F.cross_entropy(logits, targets.flatten()[rows].clamp(min=0), reduction='none')
+
+    def forward(self, idx, targets=None, block_ids=None):
+        # corrupt: the provider did
+        # attend
+        x = self.one_stream(idx, block_ids)
+        # loss
+        if targets is None:
+            return self.logits(x), None
+        logits, ce = self.ce(x, targets, (targets.flatten() != -1).nonzero()[:, 0])
+        return logits, ce.sum() / max(1, len(ce))
+
+    def nll_bound(self, idx, targets, n_samples=1, block_ids=None):
+        raise NotImplementedError("denoise has no likelihood bound: how a provider corrupts is no process that generates text; train mdlm or bd3lm")
+
+    @torch.no_grad()
+    def metrics(self, idx, targets, block_ids=None):
+        """ of the tokens that the provider asks for: accuracy """
+        logits, _ = self(idx, None, block_ids)
+        scored = targets != -1
+        return {'accuracy': (logits.argmax(-1) == targets)[scored].float().mean().item()}
+
+    # ---- writing
+
+    def plan(self, unknown, steps, sampler):
+        """
+        Which windows of the text to fill in which order, and in each which blocks with how many steps:
+        [(start, end, [(block start, block end, steps), ...]), ...], blocks counted from the window's start.
+        A text that outgrows the context goes on in a new window that begins with the newer half of the last one.
+        """
+        room, n = self.config.block_size, self.config.diffusion_block_size or 1
+        kept = max(room // 2 // n * n, 1) # a whole number of blocks, where there are several
+        windows, end, unknown = [], 0, unknown.tolist()
+        while any(unknown[end:]):
+            first = end + unknown[end:].index(True)
+            start = 0 if first < room else first - kept
+            end = min(start + room, len(unknown))
+            T = end - start
+            ids = self.id_list[:T] if self.blockwise else [0] * T
+            edges = [i for i in range(T + 1) if i == 0 or i == T or ids[i] != ids[i - 1]]
+            windows.append((start, end, [(s, e) for s, e in zip(edges, edges[1:]) if any(unknown[start + s:start + e])]))
+        assert self.config.attention != 'hierarchical' or len(unknown) <= room, \
+            f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {len(unknown)}"
+        if sampler == 'first_hitting':
+            assert steps is None, "first_hitting takes one step per token: leave steps out, or use sampler='ancestral'"
+            return [(s, e, [(*block, None) for block in blocks]) for s, e, blocks in windows]
+        blocks = sum(len(blocks) for *_, blocks in windows)
+        steps = sum(unknown) if steps is None else steps
+        assert steps >= blocks, f"{steps} steps are fewer than the {blocks} blocks to fill: each needs at least one"
+        share = iter([steps * (i + 1) // blocks - steps * i // blocks for i in range(blocks)])
+        return [(s, e, [(*block, next(share)) for block in blocks]) for s, e, blocks in windows]
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', temperature=1.0, top_k=None, top_p=None,
+                 stop=None, on_step=None):
+        """
+        Fill in every -1 of idx (B, T), anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays.
+        Block by block, each given the finished ones before it, whose keys and values are cached, exactly. sampler: first_hitting (one
+        token per network call and row) or ancestral (`steps` reverse steps in all, split evenly over the blocks).
+        stop: a token id; a row that wrote it is filled up with it. on_step(step, idx, probs, state): after every call, with what is
+        settled (-1 elsewhere), the distributions (R, V) of the tokens just revealed and {'nfe': network evaluations, 'done':
+        leading columns settled in every row, 'total': columns}. When the text outgrows the context, see plan.
+        """
+        assert sampler in SAMPLERS, f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}"
+        B, device, lead = idx.size(0), idx.device, self.lead
+        out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
+        unknown, nfe = out == -1, 0
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        for start, end, blocks in self.plan(unknown.any(0), steps, sampler):
+            text = F.pad(out[:, start:end], (lead, 0), value=self.config.begin_id or 0)
+            text = text.masked_fill(text == -1, self.config.mask_id) # (B, lead + T)
+            ids = F.pad(self.ids[:end - start] + lead, (lead, 0))
+            cache, read = Cache(self.config, B, len(ids), self.lm_head.weight) if self.blockwise else None, 0
+            for s, e, n in blocks:
+                s, e = s + lead, e + lead
+                hidden = (out[:, start + s - lead:start + e - lead] == -1) & ~ended[:, None]
+                for reveal in SAMPLERS[sampler](hidden, n):
+                    b, i = reveal.nonzero(as_tuple=True) # (R,) rows and positions within the block
+                    with torch.inference_mode():
+                        x = self.read(text[:, read:e], read, s, ids[:e], cache) # (B, e - read, C)
+                        probs = token_probs(self.logits(x[b, i + s - read]), temperature, top_k, top_p) # (R, V)
+                        token = draw(probs)
+                    read, nfe = s if self.blockwise else 0, nfe + 1
+                    text[b, i + s], out[b, i + start + s - lead] = token, token
+                    if on_step is not None:
+                        done = int((out != -1).all(0).long().cumprod(0).sum())
+                        on_step(nfe, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
+                if stop is not None: # what a row wrote after its first stop does not count
+                    stopped = ((out == stop) & unknown).cumsum(1) > 0
+                    out = torch.where(stopped & unknown, stop, out)
+                    ended = stopped[:, -1]
+                    if ended.all():
+                        return torch.where(out == -1, stop, out)
+                    text[:, lead:] = torch.where(out[:, start:end] == -1, self.config.mask_id, out[:, start:end])
+        return out
+
+    def read(self, text, first, s, ids, cache):
+        """
+        One pass over the rows from `first` on -> their states. Rows before s are settled and not yet in the cache, which keeps them
+        from now on; the others are the block being written.
+        """
+        pos = torch.arange(first, len(ids), device=text.device)
+        if cache is None: # the row is denoised as a whole
+            return self.one_stream(text)
+        mask = 'full' if first == s else self.mask(ids, torch.arange(len(ids), device=text.device) >= s, slice(first, None))
+        x = self.trunk(self.embed(text, pos), pos, mask, cache)
+        cache.keep(s - first)
+        return x
+
+class MDLM(Denoiser):
+    """
+    mdlm: masked diffusion (https://arxiv.org/abs/2406.07524, https://arxiv.org/abs/2502.09992). A token is hidden with probability t;
+    t is drawn per row, or per segment of a hierarchy.
+    """
+    bound_name = 'nelbo'
+
+    @property
+    def loss_name(self):
+        """ the loss is the bound, in expectation, unless levels are drawn otherwise or another loss is added """
+        c = self.config
+        return 'nelbo' if (c.t_min, c.t_max, c.t_dist, c.single_ratio_per_sequence, c.ar_weight) == (0, 1, 'uniform', True, 0) else 'ce'
+
+    def groups(self, idx, block_ids=None):
+        """ (B, T) int, which tokens share a noise level; and how many groups there may be """
+        if not self.blockwise:
+            return torch.zeros_like(idx), 1
+        ids = self.ids[:idx.size(1)] if block_ids is None else block_ids
+        return ids.expand_as(idx), (self.id_list[idx.size(1) - 1] + 1 if block_ids is None else idx.size(1))
+
+    def scored(self, targets, groups):
+        """ the tokens that count, and so may be hidden; the question of a hierarchy is given, never asked for """
+        return (targets != -1) & (groups > 0) if self.config.attention == 'hierarchical' else targets != -1
+
+    def sample_t(self, n, device=None):
+        """
+        n noise levels in (0, 1]. Stratified, one in each n-th of the interval, or the loss would mostly show which levels were drawn;
+        in random order, or level and position would go together.
+        """
+        t = 1 - (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
+        if self.config.t_dist == 'bell':
+            t = 0.5 - torch.sin(torch.asin((1 - 2 * t).clamp(-1, 1)) / 3) # the inverse of 3 t^2 - 2 t^3, Beta(2, 2)'s distribution
+        return self.config.t_min + (self.config.t_max - self.config.t_min) * t
+
+    def corrupt(self, idx, targets, block_ids=None):
+        """ xt, masked and the noise levels t, all (B, T) """
+        groups, G = self.groups(idx, block_ids)
+        if not self.config.single_ratio_per_sequence:
+            t = self.sample_t(idx.numel(), idx.device).view(idx.shape)
+        elif self.two_streams and self.config.diffusion_block_size == 1: # one token of a block: hidden or there is nothing to learn
+            t = torch.ones(idx.shape, device=idx.device)
+        else:
+            t = self.sample_t(len(idx) * G, idx.device).view(-1, G).gather(1, groups)
+        masked = (torch.rand(idx.shape, device=idx.device) < t) & self.scored(targets, groups)
+        return idx.masked_fill(masked, self.config.mask_id), masked, t
+
+    def nelbo(self, x, targets, masked, t, block_ids=None):
+        """ states x (B, T, C) -> logits of the rows that count and the loss: nats per scored token """
+        groups, _ = self.groups(targets, block_ids)
+        rows = masked.flatten().int().argsort(descending=True, stable=True)[:self.enough_rows(*masked.shape)]
+        logits, ce = self.ce(x, targets, rows)
+        # 1/t: a token is hidden with probability t, so this undoes how rarely we ask about it
+        weight = 1 / t if self.config.single_ratio_per_sequence else torch.full_like(t, 2 / (self.config.t_min + self.config.t_max))
+        return logits, (ce * (weight * masked).flatten()[rows]).sum() / self.scored(targets, groups).sum().clamp(min=1)
+
+    def enough_rows(self, B, T):
+        """ a fixed number of rows, so that nothing waits for the device, that holds all masked ones but once in 10^9 steps """
+        c, G = self.config, B * (self.id_list[T - 1] + 1 if self.blockwise else 1)
+        if not c.single_ratio_per_sequence or self.two_streams and c.diffusion_block_size == 1:
+            variance, mean = 0, 1.0 if c.single_ratio_per_sequence else (c.t_min + c.t_max) / 2
+        else: # stratified levels of equal groups hardly vary; unequal groups count as if they were drawn freely
+            variance, mean = 1 / (12 * G ** 3) if c.attention != 'hierarchical' else 1 / G, (c.t_min + c.t_max) / 2
+        return min(B * T, math.ceil(B * T * (mean + 6 * math.sqrt(variance + 0.25 / (B * T)))))
+
+    def forward(self, idx, targets=None, block_ids=None):
+        if targets is None:
+            return self.logits(self.one_stream(idx, block_ids)), None
+        # corrupt
+        xt, masked, t = self.corrupt(idx, targets, block_ids)
+        # attend
+        x = self.one_stream(xt, block_ids)
+        # loss
+        return self.nelbo(x, targets, masked, t, block_ids)
+
+    def denoise(self, xt, x0, block_ids=None):
+        """ states as generation has them: with clean blocks before each noisy one, where it writes block by block """
+        return self.two_stream(xt, x0, block_ids) if self.blockwise else self.one_stream(xt, block_ids)
+
+    @torch.no_grad()
+    def nll_bound(self, idx, targets, n_samples=1, block_ids=None):
+        """
+        An upper bound on -log p of the scored tokens in nats: (B, n_samples) unbiased estimates, and how many tokens, (B,). Of each
+        group of n tokens k are hidden, k uniform on 1..n (stratified over samples), and their cross-entropy counts n/k: the exact
+        discrete form of the integral over t (https://arxiv.org/abs/2502.09992). Exact if groups have one token.
+        """
+        groups, G = self.groups(idx, block_ids)
+        scored = self.scored(targets, groups)
+        n = torch.zeros(len(idx), G, dtype=torch.long, device=idx.device).scatter_add(1, groups, scored.long()) # (B, G)
+        strata = torch.rand(n_samples, *n.shape, device=idx.device).argsort(0)
+        nats = []
+        for stratum in strata:
+            u = (stratum + torch.rand(n.shape, device=idx.device)) / n_samples
+            k = torch.minimum((u * n).long() + 1, n)
+            masked = random_subset(groups, scored, k)
+            x = self.denoise(idx.masked_fill(masked, self.config.mask_id), idx, block_ids)
+            rows = masked.flatten().nonzero()[:, 0]
+            weight = (n / k.clamp(min=1)).gather(1, groups).flatten()[rows]
+            _, ce = self.ce(x, targets, rows)
+            nats.append(ce.new_zeros(len(idx)).index_add(0, rows // idx.size(1), ce * weight))
+        return torch.stack(nats, dim=1), scored.sum(1)
+
+    @torch.no_grad()
+    def nll_order(self, idx, targets, order='confidence', block_ids=None):
+        """
+        Exact -log p (nats, (B,)) of the text, and its scored tokens, under the model that reveals one token per call in a deterministic order, a
+        function of what is revealed so far (https://arxiv.org/abs/2603.01367): left_to_right | confidence | margin. It is
+        another model than nll_bound's, so it may lie on either side of it. Costs as many passes as a block has tokens.
+        """
+        assert order in ORDERS, f"order is {order!r}, expected one of {', '.join(ORDERS)}"
+        groups, G = self.groups(idx, block_ids)
+        scored = hidden = self.scored(targets, groups)
+        nats = 0
+        while hidden.any():
+            x = self.denoise(idx.masked_fill(hidden, self.config.mask_id), idx, block_ids)
+            log_p = self.logits(x).log_softmax(-1)
+            key = ORDERS[order](log_p.exp()).masked_fill(~hidden, -math.inf) # (B, T)
+            best = key.new_full((len(idx), G), -math.inf).scatter_reduce(1, groups, key, 'amax')
+            tied = hidden & (key == best.gather(1, groups))
+            nth = tied.long().cumsum(1)
+            before = torch.zeros(len(idx), G, dtype=torch.long, device=idx.device).scatter_add(1, groups, tied.long()).cumsum(1)
+            reveal = tied & (nth - F.pad(before, (1, 0))[:, :-1].gather(1, groups) == 1) # the first of its group
+            nats = nats - log_p.gather(2, idx[..., None])[..., 0].masked_fill(~reveal, 0).sum(1)
+            hidden = hidden & ~reveal
+        return nats, scored.sum(1)
+
+    @torch.no_grad()
+    def metrics(self, idx, targets, block_ids=None):
+        """ the share of hidden tokens whose likeliest guess is right, by how much is hidden """
+        groups, _ = self.groups(idx, block_ids)
+        found, scored = {}, self.scored(targets, groups)
+        for level in 15, 50, 85:
+            masked = scored & (torch.rand(idx.shape, device=idx.device) < level / 100)
+            logits = self.logits(self.denoise(idx.masked_fill(masked, self.config.mask_id), idx, block_ids))
+            found[f'accuracy_{level}_hidden'] = (logits.argmax(-1) == idx)[masked].float().mean().item()
+        return found
+
+class BD3LM(MDLM):
+    """
+    bd3lm: block diffusion (https://arxiv.org/abs/2503.09573). Blocks are written left to right, the tokens of a block by masked diffusion;
+    t is drawn per block. Trained on the noisy and the clean copy of a text at once.
+    """
+    attentions = ('block', 'hierarchical')
+    two_streams = True
+
+    def forward(self, idx, targets=None, block_ids=None):
+        if targets is None: # what every block makes of itself and of those before it
+            return self.logits(self.two_stream(idx, idx, block_ids)), None
+        # corrupt
+        xt, masked, t = self.corrupt(idx, targets, block_ids)
+        # attend
+        dual, T = self.config.ar_weight > 0, idx.size(1)
+        x = self.two_stream(xt, idx, block_ids, clean_too=dual)
+        # loss
+        logits, loss = self.nelbo(x[:, :T], targets, masked, t, block_ids)
+        if dual: # the clean rows are a GPT: their next-token loss costs no pass
+            loss = loss + self.config.ar_weight * self.next_token_loss(x[:, T:], targets)
+        return logits, loss
+
+    def next_token_loss(self, clean, targets):
+        targets = targets if self.lead else targets[:, 1:]
+        return F.cross_entropy(self.logits(clean).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum') / \
+            (targets != -1).sum().clamp(min=1)
+
+    def views(self):
+        """ with clean_causal the same weights are a GPT """
+        return {'ar': as_ar(self)} if self.config.clean_causal else {}
+
+def as_ar(model):
+    """ the autoregressive model of the same weights, which it shares """
+    with torch.device('meta'):
+        gpt = GPT(replace(model.config, attention='causal', t_dist='uniform'))
+    gpt.transformer, gpt.lm_head, gpt.rope, gpt.unseen = model.transformer, model.lm_head, model.rope, model.unseen
+    return gpt.train(model.training)
+
+OBJECTIVES = {'ar': GPT, 'denoise': Denoiser, 'mdlm': MDLM, 'bd3lm': BD3LM}
+
+def score(model, batches, n_samples=1):
+    """
+    One number for every objective: nats per scored token over batches (dicts, on the model's device), exact or an upper bound, with
+    two standard errors: Monte Carlo (of this text's bound) and over rows (would another text differ?). An objective without a
+    bound gives its training loss, under that name.
+    """
+    nats, scored, exact = [], [], model.bound_name == 'nll'
+    for batch in batches:
+        if model.bound_name:
+            n, s = model.nll_bound(**batch, n_samples=1 if exact else n_samples)
+        else:
+            s = (batch['targets'] != -1).sum(1)
+            n = (model(**batch)[1] * s)[:, None]
+        nats.append(n.double().cpu())
+        scored.append(s.double().cpu())
+    nats, scored = torch.cat(nats), torch.cat(scored) # (rows, samples), (rows,)
+    tokens, rows, n = scored.sum().item(), len(nats), nats.size(1)
+    value, means = nats.mean(1).sum().item() / tokens, nats.mean(1) / scored
+    return {'name': model.measured, 'exact': exact, 'nats_per_token': value, 'perplexity': math.exp(min(value, 700.0)),
+            'stderr_monte_carlo': (nats.var(1).sum() / n).sqrt().item() / tokens if n > 1 else 0.0,
+            'stderr_windows': means.std().item() / math.sqrt(rows) if rows > 1 else 0.0,
+            'windows': rows, 'tokens': int(tokens), 'samples_per_window': n}
+
+def pick_device(device='auto', dtype='auto'):
+    """ settings -> (torch.device, autocast context, name of the dtype); auto takes the best there is, float32 on a CPU """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise AssertionError(f"device {device} cannot be used here ({str(e).splitlines()[0]}): try --device=auto or --device=cpu") from None
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+    low = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+    assert dtype in low, f"dtype is {dtype!r}, expected auto or one of {', '.join(low)}"
+    return device, torch.autocast(device.type, low[dtype]) if low[dtype] else contextlib.nullcontext(), dtype
 
 # -----------------------------------------------------------------------------
 # the only file access

@@ -5,7 +5,6 @@ $ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temp
 The samples go to stdout as they come, everything else to stderr.
 """
 
-import contextlib
 import os
 import sys
 import time
@@ -69,13 +68,9 @@ class Printer:
 
 def main():
     config = configure(globals())
-    where = device if device != 'auto' else \
-        'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    low = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': None,
-           'auto': torch.bfloat16 if where.startswith('cuda') and torch.cuda.is_bf16_supported() else None}
     path = os.path.join(out_dir, f'ckpt_{ckpt}.pt') if ckpt in ('best', 'latest') else ckpt
     try:
-        assert dtype in low, f"dtype is {dtype!r}, expected one of {', '.join(low)}"
+        where, amp, _ = models.pick_device(device, dtype)
         if not os.path.exists(path):
             raise PrepareError(f"there is no checkpoint {path}: name the folder of a run with --out_dir, train one first with train.py")
         state = models.read_checkpoint(path)
@@ -88,7 +83,6 @@ def main():
               f"{state['settings']['dataset']}, {'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
               f"{state['meta']['tokenizer']} tokens, {where}", file=sys.stderr)
         torch.manual_seed(seed)
-        amp = torch.autocast(torch.device(where).type, low[dtype]) if low[dtype] else contextlib.nullcontext()
         clock, evaluations = time.time(), 0
         for rows in [1] * num_samples if stream else [num_samples]:
             printer = Printer(tokenizer, stop_at, prompt.size(1))

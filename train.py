@@ -26,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import configurator
 import model as models
 from configurator import configure
-from prepare import Corpus, PrepareError, ensure, provider
+from prepare import Corpus, PrepareError, ensure, provider, replacing
 
 # -----------------------------------------------------------------------------
 # the run
 out_dir = 'out' # the run's folder; a second run never overwrites it
-init_from = 'scratch' # scratch | resume (goes on with the run in out_dir, under its own settings)
+init_from = 'scratch' # scratch | resume (goes on with the run in out_dir, under its own settings) | a checkpoint, for its weights
 ckpt = 'latest' # where to resume: latest | best | the path of a checkpoint
 eval_only = False # evaluate the run in out_dir, write results.json, leave
 seed = 1337 # of initialisation, data order, corruption and dropout
@@ -54,7 +54,15 @@ mlp = 'swiglu' # swiglu | gelu
 qk_norm = True # layernorm without parameters on queries and keys
 tie_weights = False # one matrix for embedding and head
 init = 'zero' # zero | gpt2: how output projections start
-attention = None # None: the objective's own default
+attention = None # causal | full | block | hierarchical; None: the objective's own default
+diffusion_block_size = 16 # tokens per block; block_size is the whole context. None: segments of a hierarchy stay whole
+segments = None # lengths of a hierarchy, the question first: 32,32,64
+t_min = 0.0 # noise levels that training draws; bounds always use all of (0, 1]
+t_max = 1.0
+t_dist = 'uniform' # uniform | bell
+single_ratio_per_sequence = True # False: a noise level per token, no bound
+clean_causal = False # bd3lm: the clean stream is a GPT, so one run answers as bd3lm and as ar
+ar_weight = 0.0 # bd3lm with clean_causal: weight of that GPT's next-token loss
 attn_backend = 'auto' # auto | sdpa | flex
 grad_checkpointing = False # less memory, about a third more time
 # optimizer
@@ -81,7 +89,6 @@ bound_samples = 4 # corruptions per text where the likelihood is a Monte Carlo b
 scoreboard_windows = None # at the end, score so many non-overlapping windows of val; None: all, 0: no scoreboard
 wandb_log = False # Weights & Biases, if installed
 wandb_project = 'text-diffusion'
-wandb_run_name = None # None: out_dir
 wandb_tags = None # comma-separated
 # checkpoints
 ckpt_interval = 0 # iterations between checkpoints; 0: at every evaluation
@@ -112,22 +119,17 @@ def inside(name):
 def write_atomically(path, write):
     """ write(file) into a temporary file, then rename: a reader sees the old file or the new one, never half of one """
     try:
-        with open(path + '.tmp', 'wb') as f:
+        with replacing(path) as (temporary,), open(temporary, 'wb') as f:
             write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
-        fail(f"cannot write {path}: {e.strerror}; what was saved before is untouched. Free some space or choose another --out_dir")
+    except PrepareError as e:
+        fail(f"{e}; what was saved before is untouched. Free some space or choose another --out_dir")
 
 def write_json(name, content):
     write_atomically(inside(name), lambda f: f.write(json.dumps(content, indent=2).encode() + b'\n'))
 
 resume = init_from == 'resume' or eval_only
-if init_from not in ('scratch', 'resume'):
-    fail(f"init_from is {init_from!r}, expected scratch or resume")
+if init_from not in ('scratch', 'resume') and not os.path.isfile(init_from):
+    fail(f"init_from is {init_from!r}, expected scratch, resume or the path of a checkpoint")
 if resume: # the run's own settings, then what this command line says
     try:
         with open(inside('settings.json')) as f:
@@ -141,27 +143,16 @@ elif os.path.exists(inside('settings.json')):
 
 # ---- device
 
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 if world > 1:
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-    device = f'cuda:{local_rank}' if device.startswith('cuda') else device
-    if gradient_accumulation_steps % world:
-        fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes")
+    dist.init_process_group('nccl' if torch.cuda.is_available() and device != 'cpu' else 'gloo')
+    device = f'cuda:{local_rank}' if dist.get_backend() == 'nccl' else device
 try:
-    device = torch.device(device)
-    torch.zeros(1, device=device)
+    device, amp, dtype = models.pick_device(device, dtype)
 except (RuntimeError, AssertionError) as e:
-    fail(f"device {device} cannot be used here ({str(e).splitlines()[0]}): try --device=auto or --device=cpu")
+    fail(str(e).splitlines()[0])
 if device.type == 'cuda':
     torch.cuda.set_device(device)
-if dtype == 'auto':
-    dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-if dtype not in dtypes:
-    fail(f"dtype is {dtype!r}, expected auto or one of {', '.join(dtypes)}")
 torch.set_float32_matmul_precision('high') # tf32 where there is such a thing
-amp = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtypes[dtype])
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 compiles = device.type == 'cuda' if compile is None else compile
 # bf16 FLOP/s that the makers promise, dense
@@ -182,12 +173,14 @@ try:
     objectives = models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {})
     assert objective in objectives, f"objective is {objective!r}, expected one of {', '.join(objectives)}"
     assert decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant"
+    assert gradient_accumulation_steps % world == 0, \
+        f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes"
     assert batch_size >= 1 and micro_steps >= 1 and eval_iters >= 1 and log_interval >= 1 and eval_interval >= 1, \
         "batch_size, gradient_accumulation_steps, eval_iters, log_interval and eval_interval must be at least 1"
     torch.manual_seed(seed)
     kind = objectives[objective]
-    own = {f.name for f in fields(models.GPTConfig)}
-    shape = {k: config[k] for k in own & config.keys()} | {k: meta[k] for k in own & meta.keys()}
+    known = config | meta
+    shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
     shape |= {'begin_id': meta['begin_id'] if begin else None, 'attention': attention or kind.attentions[0]}
     raw_model = kind(models.GPTConfig(**shape)).to(device)
     for split in 'train', 'val': # what is wrong with a row is better said now than at the first evaluation
@@ -196,7 +189,6 @@ try:
                                                 (beta1, beta2))
 except (PrepareError, AssertionError) as e:
     fail(e)
-T = raw_model.row_length
 tokens_per_iter = gradient_accumulation_steps * batch_size * raw_model.config.block_size
 epochs_per_iter = tokens_per_iter / corpus.tokens('train')
 if max_epochs > 0:
@@ -208,14 +200,18 @@ for opt in optimizers:
     for group in opt.param_groups:
         group['peak_lr'] = group['lr']
 iteration, best = 0, math.inf
-ema_weights = {k: v.detach().clone() for k, v in raw_model.state_dict().items()} if ema > 0 else None
 
-if resume:
-    path = inside(f'ckpt_{ckpt}.pt') if ckpt in ('latest', 'best') else ckpt
+if resume or init_from != 'scratch':
+    path = init_from if not resume else inside(f'ckpt_{ckpt}.pt') if ckpt in ('latest', 'best') else ckpt
     try:
         state = models.read_checkpoint(path)
+        raw_model.load_state_dict(state['model']) if not resume else None # objectives share the names of their parameters
     except (OSError, ValueError) as e:
         fail(e)
+    except RuntimeError as e:
+        fail(f"the weights of {path} do not fit this model: {' '.join(str(e).split())[:300]}")
+ema_weights = {k: v.detach().clone() for k, v in raw_model.state_dict().items()} if ema > 0 else None
+if resume:
     differ = [k for k, v in asdict(raw_model.config).items() if k not in ('dropout', 'attn_backend', 'grad_checkpointing')
               and state['config'].get(k) != v]
     if differ or state['objective'] != objective:
@@ -228,7 +224,7 @@ if resume:
         opt.load_state_dict(saved)
     scaler.load_state_dict(state['scaler'])
     iteration, best = state['iteration'], state['best']
-    say(f"resumed {path}: iteration {iteration}, best {raw_model.bound_name or raw_model.loss_name} {best:.4f}")
+    say(f"resumed {path}: iteration {iteration}, best {raw_model.measured} {best:.4f}")
 
 say(f"{objective} on {dataset}: {raw_model.n_params() / 1e6:.2f}M parameters, attention {raw_model.config.attention}, "
     f"{tokens_per_iter:,} tokens per iteration, {max_iters:,} iterations = {max_iters * epochs_per_iter:.2f} epochs, "
@@ -270,55 +266,37 @@ def evaluating(weights):
 
 kinds_of_weights = ['raw'] + ['ema'] * (ema > 0)
 
-def score(batch, n_samples):
-    """ nats (B, n_samples) and scored tokens (B,); the training loss instead where an objective has no bound """
-    if raw_model.bound_name:
-        nats, scored = raw_model.nll_bound(**batch, n_samples=n_samples)
-    else:
-        scored = (batch['targets'] != -1).sum(1)
-        nats = (raw_model(**batch)[1] * scored)[:, None]
-    return nats.double().cpu(), scored.cpu()
+def readings():
+    """ the model, and whatever else its weights can be read as: [(suffix of its columns, model)] """
+    return [('', raw_model)] + [(f'_as_{name}', view) for name, view in raw_model.views().items()]
 
-def random_windows(split):
+def random_windows(model, split):
     """ nanoGPT's protocol: the mean over eval_iters batches of random windows, the same ones at every call """
-    nats = scored = 0
-    for i in range(eval_iters):
-        rng = reseed(2 ** 31, ('train', 'val').index(split), i)
-        n, s = score(to_device(corpus.batch(split, batch_size, T, rng)), 1)
-        nats, scored = nats + n.sum().item(), scored + s.sum().item()
-    return nats / scored
+    batches = (to_device(corpus.batch(split, batch_size, model.row_length, reseed(2 ** 31, ('train', 'val').index(split), i)))
+               for i in range(eval_iters))
+    return models.score(model, batches)['nats_per_token']
 
-def score_every_window(split='val'):
-    """ the scoreboard: every non-overlapping window of the split, nothing from outside the window as context """
-    nats, scored, there, shown = [], [], corpus.n_windows(split, T), time.time()
+def every_window(model):
+    """ the scoreboard: every non-overlapping window of the validation split, nothing from outside the window as context """
+    there, shown = corpus.n_windows('val', model.row_length), time.time()
     total = min(there, scoreboard_windows or there)
-    for i, batch in enumerate(corpus.windows(split, batch_size, T, total)):
+    for i, batch in enumerate(corpus.windows('val', batch_size, model.row_length, total)):
         reseed(2 ** 31 + 1, i)
-        n, s = score(to_device(batch), bound_samples if raw_model.bound_name != 'nll' else 1)
-        nats, scored = nats + [n], scored + [s]
         if time.time() - shown > 10:
             shown = time.time()
-            say(f"scoreboard: {sum(map(len, nats)):,} of {total:,} windows")
-    nats, scored = torch.cat(nats), torch.cat(scored).double()
-    mean, tokens, n = (nats.mean(1) / scored), scored.sum().item(), nats.size(1)
-    value = nats.mean(1).sum().item() / tokens
-    how_many = f'all {there:,}' if total == there else f'the first {total:,} of {there:,}'
-    return {'protocol': f'{how_many} non-overlapping windows of {T} tokens of {split}, {int(tokens):,} tokens scored',
-            'name': raw_model.bound_name or raw_model.loss_name, 'exact': raw_model.bound_name == 'nll', 'nats_per_token': value,
-            'perplexity': math.exp(min(value, 700)), 'samples_per_window': n,
-            'stderr_monte_carlo': (nats.var(1).sum() / n).sqrt().item() / tokens if n > 1 else 0.0,
-            'stderr_windows': mean.std().item() / math.sqrt(len(mean)) if len(mean) > 1 else 0.0}
+            say(f"scoreboard: {i * batch_size:,} of {total:,} windows")
+        yield to_device(batch)
 
 def evaluate():
-    """ {'train_nll': ..., 'val_nll': ..., 'val_nll_ema': ...} and the objective's own metrics, on master """
-    row, name = {}, raw_model.bound_name or raw_model.loss_name
+    """ {'train_nll': ..., 'val_nll': ..., 'val_nll_ema': ...} and the objective's own metrics """
+    row = {}
     for weights in kinds_of_weights:
         with evaluating(weights):
-            suffix = '_ema' if weights == 'ema' else ''
-            row |= {f'{split}_{name}{suffix}': random_windows(split) for split in ('train', 'val')}
-            if weights == 'raw':
-                rng = reseed(2 ** 31 + 2)
-                row |= raw_model.metrics(**to_device(corpus.batch('val', batch_size, T, rng)))
+            for suffix, model in readings():
+                suffix += '_ema' * (weights == 'ema')
+                row |= {f'{split}_{model.measured}{suffix}': random_windows(model, split) for split in ('train', 'val')}
+                if weights == 'raw' and model is raw_model:
+                    row |= model.metrics(**to_device(corpus.batch('val', batch_size, model.row_length, reseed(2 ** 31 + 2))))
     return row
 
 def write_results():
@@ -326,13 +304,15 @@ def write_results():
                'train_tokens_seen': iteration * tokens_per_iter, 'device': str(device), 'dtype': dtype, 'weights': {}}
     for weights in kinds_of_weights:
         with evaluating(weights):
-            board = score_every_window()
-            windows = random_windows('val')
-        results['weights'][weights] = {'scoreboard': board, 'random_windows': windows}
-        sign = '=' if board['exact'] else '<='
-        say(f"{weights} weights, {board['protocol']}:\n  {board['name']} {sign} {board['nats_per_token']:.4f} nats/token "
-            f"(+- {board['stderr_monte_carlo']:.4f} Monte Carlo, +- {board['stderr_windows']:.4f} windows), "
-            f"perplexity {sign} {board['perplexity']:.3f}; by nanoGPT's random windows {windows:.4f}")
+            for suffix, model in readings():
+                board, windows = models.score(model, every_window(model), bound_samples), random_windows(model, 'val')
+                board['protocol'] = f"non-overlapping windows of {model.row_length} tokens of val, {corpus.n_windows('val', model.row_length):,} in all"
+                results['weights'][weights + suffix] = {'scoreboard': board, 'random_windows': windows}
+                sign = '=' if board['exact'] else '<='
+                say(f"{weights} weights{suffix.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {sign} "
+                    f"{board['nats_per_token']:.4f} nats/token (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
+                    f"+- {board['stderr_windows']:.4f} windows), perplexity {sign} {board['perplexity']:.3f}; "
+                    f"by nanoGPT's random windows {windows:.4f}")
     write_json('results.json', results)
 
 if eval_only:
@@ -387,7 +367,7 @@ if wandb_log and master:
         import wandb
     except ImportError:
         fail("wandb_log=True needs Weights & Biases: pip install wandb, or leave it off; log.csv has the same numbers")
-    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config, tags=wandb_tags and wandb_tags.split(','))
+    wandb.init(project=wandb_project, name=out_dir, config=config, tags=wandb_tags and wandb_tags.split(','))
 
 # ---- the loop
 
@@ -412,8 +392,7 @@ def ask_to_stop(signum, frame):
 def somebody_asked_to_stop():
     if world == 1:
         return stop_asked
-    flag = torch.tensor(float(stop_asked), device=device)
-    dist.all_reduce(flag)
+    dist.all_reduce(flag := torch.tensor(float(stop_asked), device=device))
     return flag.item() > 0
 
 def train_step():
@@ -424,7 +403,7 @@ def train_step():
     total = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         rng = reseed(iteration, micro_step * world + rank)
-        batch = to_device(corpus.batch('train', batch_size, T, rng))
+        batch = to_device(corpus.batch('train', batch_size, raw_model.row_length, rng))
         last = micro_step == micro_steps - 1
         with contextlib.nullcontext() if world == 1 or last else network.no_sync():
             with amp:
@@ -469,7 +448,7 @@ def train():
         if evaluates and master:
             paused = time.time()
             result = evaluate()
-            watched = result[f"val_{raw_model.bound_name or raw_model.loss_name}{'_ema' if ema > 0 else ''}"]
+            watched = result[f"val_{raw_model.measured}{'_ema' * (ema > 0)}"]
             is_best, best, row = watched < best, min(best, watched), row | result
             say(f"iter {iteration} | " + ' | '.join(f"{k} {v:.4f}" for k, v in result.items()) + (' | best so far' if is_best else ''))
             clock += time.time() - paused

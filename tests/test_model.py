@@ -225,6 +225,7 @@ def test_token_probs():
         with pytest.raises(AssertionError, match='expected'):
             token_probs(logits, **options)
 
+@torch.no_grad()
 def test_a_cache_refuses_what_does_not_fit():
     model = gpt()
     cache, x = Cache(model.config, 1, 4, model.lm_head.weight), torch.randn(1, 3, 16)

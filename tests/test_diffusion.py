@@ -1,0 +1,474 @@
+"""
+Laws of masked and block diffusion, by enumeration of tiny spaces where that decides (P-numbers: the list of properties in the comments).
+"""
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import BD3LM, GPT, MDLM, OBJECTIVES, SAMPLERS, GPTConfig, as_ar, dense_mask, first_hitting, random_subset
+
+KINDS = [ # every way to denoise: objective, attention, block size, segments, more
+    ('mdlm', dict(attention='full')),
+    ('mdlm', dict(attention='causal')),
+    ('mdlm', dict(attention='block', diffusion_block_size=3)),
+    ('mdlm', dict(attention='hierarchical', segments='2,2,4')),
+    ('bd3lm', dict(diffusion_block_size=1)),
+    ('bd3lm', dict(diffusion_block_size=2)),
+    ('bd3lm', dict(diffusion_block_size=3)), # ragged: 3, 3, 2
+    ('bd3lm', dict(diffusion_block_size=8)),
+    ('bd3lm', dict(diffusion_block_size=2, clean_causal=True, ar_weight=1.0)),
+    ('bd3lm', dict(diffusion_block_size=2, begin_id=6, clean_causal=True, ar_weight=1.0)),
+    ('bd3lm', dict(diffusion_block_size=3, begin_id=6)),
+    ('bd3lm', dict(diffusion_block_size=8, begin_id=6)),
+    ('bd3lm', dict(attention='hierarchical', segments='2,2,4', diffusion_block_size=2)),
+    ('bd3lm', dict(attention='hierarchical', segments='2,2,4')),
+]
+def kinds(which=lambda kind: True):
+    return pytest.mark.parametrize('kind', filter(which, KINDS), ids=lambda k: k[0] + '-' + '-'.join(map(str, k[1].values())))
+every_kind, blockwise_kinds = kinds(), kinds(lambda kind: kind[0] == 'bd3lm' or 'segments' in kind[1])
+
+def build(objective, seed=0, dtype=torch.double, **settings):
+    """ a small model with large random weights; 5 ids of text, [MASK] is 7 """
+    torch.manual_seed(seed)
+    own = OBJECTIVES[objective]
+    sizes = dict(block_size=8, vocab_size=8, text_size=5, mask_id=7, n_layer=2, n_head=2, n_embd=16, attention=own.attentions[0])
+    model = own(GPTConfig(**{**sizes, **settings})).to(dtype).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model
+
+def tiny(objective, V=3, T=4, **settings):
+    """ few enough texts to list them all: (model, (V^T, T) texts) """
+    model = build(objective, block_size=T, text_size=V, vocab_size=8, **settings)
+    return model, torch.tensor(list(itertools.product(range(V), repeat=T)))
+
+def log_probs(model, xt, x0):
+    return model.logits(model.denoise(xt, x0)).log_softmax(-1)
+
+def group_positions(model, T):
+    groups, G = model.groups(torch.zeros(1, T, dtype=torch.long))
+    return [[i for i in range(T) if groups[0, i] == g] for g in range(G)]
+
+def exact_nelbo(model, x):
+    """ sum over subsets of every group with their weights (k-1)!(n-k)!/n!, in nats per text """
+    total = torch.zeros(len(x), dtype=torch.double)
+    for where in group_positions(model, x.size(1)):
+        n = len(where)
+        for k in range(1, n + 1):
+            for subset in itertools.combinations(where, k):
+                xt = x.clone()
+                xt[:, list(subset)] = model.config.mask_id
+                lp = log_probs(model, xt, x).gather(2, x[..., None])[..., 0][:, list(subset)].sum(1)
+                total -= lp * math.factorial(k - 1) * math.factorial(n - k) / math.factorial(n)
+    return total
+
+def order_log_probs(model, x):
+    """ log p of every text for every order within the groups: (orders, texts) """
+    groups, rows = group_positions(model, x.size(1)), []
+    for orders in itertools.product(*(itertools.permutations(g) for g in groups)):
+        total = torch.zeros(len(x), dtype=torch.double)
+        for order in orders: # groups are independent given the clean text before them
+            hidden = list(order)
+            while hidden:
+                xt = x.clone()
+                xt[:, hidden] = model.config.mask_id
+                i = hidden.pop(0)
+                total += log_probs(model, xt, x)[:, i].gather(1, x[:, i:i + 1])[:, 0]
+        rows.append(total)
+    return torch.stack(rows)
+
+def exact_log_p(model, x):
+    lp = order_log_probs(model, x)
+    return lp.logsumexp(0) - math.log(len(lp))
+
+TINY = [('mdlm', {}), ('bd3lm', dict(diffusion_block_size=2)), ('bd3lm', dict(diffusion_block_size=3)),
+        ('bd3lm', dict(diffusion_block_size=1, begin_id=6)), ('bd3lm', dict(diffusion_block_size=2, begin_id=6, clean_causal=True))]
+
+# ---- bounds
+
+@pytest.mark.parametrize('kind', TINY)
+@torch.no_grad()
+def test_bound_likelihood_and_orders_by_enumeration(kind):
+    """ P1, P2: the two forms of the bound agree, the likelihood sums to 1 and lies below the bound """
+    model, x = tiny(kind[0], **kind[1])
+    nelbo, lp = exact_nelbo(model, x), order_log_probs(model, x)
+    assert torch.allclose(nelbo, -lp.mean(0), atol=1e-10)
+    exact = lp.logsumexp(0) - math.log(len(lp))
+    assert abs(exact.exp().sum() - 1) < 1e-10
+    assert (nelbo >= -exact - 1e-10).all() and (-nelbo).exp().sum() <= 1 + 1e-10
+    if kind[1].get('diffusion_block_size') == 1: # P8c: tight
+        assert torch.allclose(nelbo, -exact, atol=1e-10)
+
+@pytest.mark.parametrize('kind', TINY)
+@torch.no_grad()
+def test_bound_and_training_loss_are_unbiased(kind):
+    """ P3, P17: their means are the exact bound, for a batch of one row too (where level and block could go together) """
+    model, x = tiny(kind[0], **kind[1])
+    x = x[[5]]
+    nelbo = exact_nelbo(model, x).item()
+    torch.manual_seed(1)
+    samples = torch.cat([model.nll_bound(x.expand(500, -1), x.expand(500, -1), 8)[0] for _ in range(5)]).flatten()
+    spread = samples.std().item() / math.sqrt(len(samples))
+    assert abs(samples.mean().item() - nelbo) < 4 * spread + 1e-9
+    one = torch.stack([model(x, x)[1] for _ in range(3000)]) * 4
+    assert abs(one.mean().item() - nelbo) < 4 * one.std().item() / math.sqrt(3000) + 1e-9
+    if kind[1].get('diffusion_block_size') == 1: # P8: exact, zero variance, in the loss too
+        assert samples.std() < 1e-9 and one.std() < 1e-9
+    else: # k-stratified estimates vary less than levels drawn freely
+        free = torch.stack([model.nll_bound(x, x, 1)[0][0, 0] for _ in range(2000)])
+        together = torch.stack([model.nll_bound(x, x, 4)[0].mean() for _ in range(500)])
+        assert together.var() < free.var() / 4 * 1.05
+
+@torch.no_grad()
+def test_block_size_one_is_the_chain_rule():
+    """ P8: every token from the clean ones before it, written out one by one """
+    model = build('bd3lm', diffusion_block_size=1, begin_id=6)
+    x = torch.randint(5, (3, 8))
+    chain = torch.zeros(3, dtype=torch.double)
+    for i in range(8):
+        xt = x.clone()
+        xt[:, i:] = 7
+        logits = one_stream_logits(model, xt, i, i + 1)
+        chain -= logits.log_softmax(-1)[:, 0].gather(1, x[:, i:i + 1])[:, 0]
+    nats, scored = model.nll_bound(x, x, 3)
+    assert torch.allclose(nats, chain[:, None].expand(-1, 3), atol=1e-9) and scored.tolist() == [8] * 3
+    assert torch.allclose(model(x, x)[1] * 24, chain.sum())
+
+@torch.no_grad()
+def test_clipped_and_bell_levels_weigh_the_same_losses_differently():
+    """ P18: by quadrature over the density of t; evaluation ignores it """
+    x = torch.randint(5, (1, 4))
+    plain = build('mdlm', block_size=4)
+    per_k = [] # the mean cross-entropy sum over subsets of size k
+    for k in range(1, 5):
+        subsets = list(itertools.combinations(range(4), k))
+        xt = x.repeat(len(subsets), 1)
+        for row, subset in zip(xt, subsets):
+            row[list(subset)] = 7
+        lp = log_probs(plain, xt, None).gather(2, x.expand(len(subsets), -1)[..., None])[..., 0]
+        per_k.append(-sum(lp[i, list(s)].sum() for i, s in enumerate(subsets)).item())
+    t = (torch.arange(20000).double() + 0.5) / 20000
+    for settings, density in [(dict(t_min=0.3, t_max=0.8), ((t > 0.3) & (t < 0.8)) / 0.5), (dict(t_dist='bell'), 6 * t * (1 - t))]:
+        model = build('mdlm', block_size=4, **settings)
+        expected = sum((density / t * t ** k * (1 - t) ** (4 - k)).mean().item() * per_k[k - 1] for k in range(1, 5))
+        torch.manual_seed(0)
+        losses = torch.stack([model(x.expand(64, -1), x.expand(64, -1))[1] for _ in range(300)]) * 4
+        assert abs(losses.mean().item() - expected) < 4 * losses.std().item() / math.sqrt(300)
+        assert model.loss_name == 'ce' and plain.loss_name == 'nelbo'
+        torch.manual_seed(3)
+        a = model.nll_bound(x, x, 4)[0]
+        torch.manual_seed(3)
+        assert torch.equal(a, plain.nll_bound(x, x, 4)[0])
+
+@torch.no_grad()
+def test_a_ratio_per_token_hides_half_and_is_no_bound():
+    model, x = build('mdlm', single_ratio_per_sequence=False), torch.randint(5, (64, 8))
+    masked = torch.stack([model.corrupt(x, x)[1] for _ in range(50)]).double()
+    assert abs(masked.mean().item() - 0.5) < 0.01 and masked.mean(2).std() < 0.2 # rows hardly differ, unlike with one t per row
+    assert model.loss_name == 'ce' and model(x, x)[1].isfinite()
+
+@pytest.mark.parametrize('batch', [1, 3, 16])
+def test_noise_levels_are_uniform_for_every_row_and_block(batch):
+    """ P4: marginally U(0, 1] whatever the batch, one per stratum within it, and hidden tokens follow them """
+    model, n = build('bd3lm', diffusion_block_size=2), 4000
+    torch.manual_seed(0)
+    t = torch.stack([model.sample_t(batch * 4) for _ in range(n)]).view(n, batch, 4)
+    assert t.min() > 0 and t.max() <= 1
+    for row, block in [(0, 0), (0, 3), (batch - 1, 1)]:
+        sample = t[:, row, block].sort().values
+        assert (sample - (torch.arange(n) + 0.5) / n).abs().max() < 1.95 / math.sqrt(n) # Kolmogorov-Smirnov, p about 0.001
+    strata = (t.view(n, -1) * batch * 4).ceil().long() - 1
+    assert (strata.sort(1).values == torch.arange(batch * 4)).float().mean() > 0.999 # but for rounding at an edge
+    x = torch.randint(5, (batch, 8))
+    hidden, expected = 0, 0
+    for _ in range(300):
+        xt, masked, t = model.corrupt(x, x)
+        assert torch.equal(xt == 7, masked) and torch.equal(xt[~masked], x[~masked]) and (t.view(batch, 4, 2).diff(dim=-1) == 0).all()
+        hidden, expected = hidden + masked.sum().item(), expected + t.sum().item()
+    assert abs(hidden - expected) < 5 * math.sqrt(300 * batch * 8 / 6)
+
+def test_unscored_tokens_are_never_corrupted_and_losses_count_scored_ones():
+    """ P16: at initialisation ln V; the loss is CE of hidden tokens over t; the [MASK] column gets no gradient """
+    torch.manual_seed(0)
+    model = MDLM(GPTConfig(block_size=64, vocab_size=69, text_size=65, mask_id=67, n_layer=1, n_head=2, n_embd=32, attention='full'))
+    x = torch.randint(65, (16, 64))
+    assert abs(model.nll_bound(x, x, 4)[0].mean().item() / 64 - math.log(65)) < 1e-4
+    model = build('bd3lm', diffusion_block_size=2)
+    x, targets = torch.randint(5, (4, 8)), torch.randint(5, (4, 8))
+    targets[:, :3] = -1
+    for _ in range(20):
+        assert not model.corrupt(x, targets)[1][:, :3].any()
+    assert model.nll_bound(x, targets)[1].tolist() == [5] * 4
+    torch.manual_seed(1)
+    xt, masked, t = model.corrupt(x, x)
+    ce = F.cross_entropy(log_probs(model, xt, x).flatten(0, 1), x.flatten(), reduction='none').view(4, 8)
+    torch.manual_seed(1)
+    loss = model(x, x)[1]
+    assert torch.allclose(loss, (ce * masked / t).sum() / 32, atol=1e-6)
+    loss.backward()
+    assert (model.lm_head.weight.grad[5:] == 0).all()
+    assert model(x, torch.full_like(x, -1))[1] == 0
+
+@every_kind
+def test_enough_rows_hold_every_hidden_token(kind):
+    model, x = build(kind[0], dtype=torch.float, **kind[1]), torch.randint(5, (32, 8))
+    for _ in range(500):
+        assert model.corrupt(x, x)[1].sum() <= model.enough_rows(32, 8)
+    model = build('mdlm', block_size=8)
+    assert model.enough_rows(512, 8) < 0.7 * 512 * 8 # and not simply all of them
+
+def test_random_subsets():
+    torch.manual_seed(0)
+    groups = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]).expand(6000, -1)
+    eligible = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 0]]).bool().expand(6000, -1)
+    k = torch.tensor([[2, 1, 1]]).expand(6000, -1)
+    chosen = random_subset(groups, eligible, k)
+    assert not (chosen & ~eligible).any()
+    assert all((chosen[:, groups[0] == g].sum(1) == k[0, g]).all() for g in range(3))
+    share = chosen.double().mean(0)
+    assert (share - torch.tensor([2 / 3, 2 / 3, 2 / 3, 1, 0, 1 / 2, 1 / 2, 0])).abs().max() < 0.03
+
+# ---- orders
+
+@pytest.mark.parametrize('kind', TINY)
+@pytest.mark.parametrize('order', ['left_to_right', 'confidence', 'margin'])
+@torch.no_grad()
+def test_order_likelihood_sums_to_one_and_is_its_definition(kind, order):
+    model, x = tiny(kind[0], **kind[1])
+    nats, scored = model.nll_order(x, x, order)
+    assert abs((-nats.double()).exp().sum() - 1) < 1e-5 and scored.tolist() == [4] * len(x)
+    text, expected, hidden = x[[17]], 0.0, [list(g) for g in group_positions(model, 4)]
+    for group in hidden: # one text, one token at a time, as a sampler would go about it
+        while group:
+            xt = text.clone()
+            xt[:, group] = 7
+            p = log_probs(model, xt, text)[0].exp()
+            top = p.topk(2).values
+            key = {'left_to_right': lambda i: -i, 'confidence': lambda i: round(top[i, 0].item(), 4), 'margin': lambda i: round((top[i, 0] - top[i, 1]).item(), 4)}[order]
+            i = max(group, key=lambda i: (key(i), -i))
+            group.remove(i)
+            expected -= p[i, text[0, i]].log().item()
+    assert abs(nats[17].item() - expected) < 1e-5
+    if order == 'left_to_right' and kind[1].get('diffusion_block_size') == 1:
+        assert torch.allclose(nats.double(), model.nll_bound(x, x)[0][:, 0], atol=1e-5)
+
+# ---- streams
+
+def one_stream_logits(model, xt, s, e):
+    """ logits of the block s..e in one stream: what precedes it is clean """
+    lead, T = model.lead, e
+    ids = F.pad(model.ids[:T] + lead, (lead, 0))
+    noisy = torch.arange(T + lead) >= s + lead
+    mask = dense_mask(ids, noisy, model.config.clean_causal)
+    pos = torch.arange(T + lead)
+    x = model.trunk(model.embed(F.pad(xt[:, :T], (lead, 0), value=model.config.begin_id or 0), pos), pos, mask)
+    return model.logits(x[:, s + lead:])
+
+@blockwise_kinds
+@torch.no_grad()
+def test_two_streams_are_one_stream_block_by_block(kind):
+    """ P9 """
+    model = build(kind[0], **kind[1])
+    x, xt = torch.randint(5, (2, 8)), torch.randint(5, (2, 8)).masked_fill(torch.rand(2, 8) < 0.5, 7)
+    two = model.logits(model.two_stream(xt, x))
+    ids = model.ids.tolist()
+    for b in range(ids[-1] + 1):
+        s, e = ids.index(b), 8 - ids[::-1].index(b)
+        mixed = torch.cat((x[:, :s], xt[:, s:e]), 1)
+        assert torch.allclose(two[:, s:e], one_stream_logits(model, mixed, s, e), atol=1e-9)
+    assert torch.allclose(model.two_stream(xt, x, clean_too=True)[:, :8], model.two_stream(xt, x), atol=1e-9)
+
+@blockwise_kinds
+def test_no_leakage_between_streams_and_blocks(kind):
+    """ P6, P7, P19: a block depends on its own noisy tokens and on clean earlier blocks, by gradients through the embeddings """
+    model = build(kind[0], **kind[1])
+    x, xt, seen = torch.randint(5, (1, 8)), torch.full((1, 8), 7), []
+    def embed(idx, pos):
+        seen.append(type(model).embed(model, idx, pos).detach().requires_grad_())
+        return seen[-1]
+    model.embed = embed
+    logits = model.logits(model.two_stream(xt, x))[..., :5]
+    n, ids = seen[0].size(1) - 8 - model.lead, model.ids
+    for i in range(8):
+        grad = torch.autograd.grad(logits[0, i].square().sum(), seen[0], retain_graph=True)[0][0].abs().sum(-1) > 0
+        noisy, clean = grad[:8], grad[8 + model.lead:]
+        assert torch.equal(noisy, ids == ids[i]) and torch.equal(clean, (ids < ids[i])[:n])
+    if kind[1].get('segments'):
+        assert ids[0] == ids[1] < ids[2] <= ids[3] < ids[4] # question, plan, execution
+
+@torch.no_grad()
+def test_one_block_is_mdlm():
+    """ P7: bd3lm with one block over the row equals mdlm: logits, loss with the same seed, bound """
+    a, b = build('bd3lm', diffusion_block_size=8), build('mdlm')
+    x = torch.randint(5, (4, 8))
+    xt = x.masked_fill(torch.rand(4, 8) < 0.5, 7)
+    assert torch.allclose(a.logits(a.two_stream(xt, x)), b.logits(b.one_stream(xt)), atol=1e-10)
+    for f in (lambda m: m(x, x)[1], lambda m: m.nll_bound(x, x, 3)[0]):
+        torch.manual_seed(2)
+        first = f(a)
+        torch.manual_seed(2)
+        assert torch.allclose(first, f(b), atol=1e-10)
+
+@pytest.mark.parametrize('begin_id', [None, 6])
+def test_the_clean_stream_is_a_gpt(begin_id):
+    """ P8d: with clean_causal, number for number; its loss is the second term of the dual loss; its view shares the weights """
+    model = build('bd3lm', diffusion_block_size=4, clean_causal=True, ar_weight=0.5, begin_id=begin_id)
+    gpt, x = model.views()['ar'], torch.randint(5, (3, 8))
+    assert type(gpt) is GPT and gpt.lm_head.weight is model.lm_head.weight
+    xt = x.masked_fill(torch.rand(3, 8) < 0.5, 7)
+    clean = model.logits(model.two_stream(xt, x, clean_too=True)[:, 8:])
+    inputs, _ = gpt.shift(x, x)
+    assert torch.allclose(clean, gpt(inputs)[0], atol=1e-10)
+    torch.manual_seed(0)
+    both = model(x, x)[1]
+    model.config.ar_weight = 0.0
+    torch.manual_seed(0)
+    assert torch.allclose(both, model(x, x)[1] + 0.5 * gpt(x, x)[1], atol=1e-10)
+    assert not build('bd3lm', diffusion_block_size=4).views()
+
+def test_an_ar_checkpoint_initialises_every_other_objective():
+    ar = build('ar', begin_id=6)
+    for name in 'denoise', 'mdlm', 'bd3lm':
+        model = build(name, seed=1, begin_id=6, **({'diffusion_block_size': 2} if name == 'bd3lm' else {}))
+        model.load_state_dict(ar.state_dict())
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), ar.parameters()))
+
+def test_denoise_scores_what_the_provider_asks_for():
+    model = build('denoise')
+    corrupted, targets = torch.randint(5, (2, 8)), torch.full((2, 8), -1)
+    targets[:, 3:5] = 2
+    logits, loss = model(corrupted, targets)
+    full, _ = model(corrupted)
+    assert logits.shape == (4, 8) and torch.allclose(loss, F.cross_entropy(full[:, 3:5].flatten(0, 1), targets[:, 3:5].flatten()))
+    with pytest.raises(NotImplementedError, match='no likelihood bound'):
+        model.nll_bound(corrupted, targets)
+    assert model.generate(corrupted.masked_fill(targets != -1, -1), 0).max() < 5
+
+@every_kind
+@torch.no_grad()
+def test_flex_and_dense_masks_agree(kind):
+    """ the attention of training and of generation through FlexAttention's masks """
+    model, x = build(kind[0], dtype=torch.float, **{**kind[1], 'n_embd': 32}), torch.randint(5, (2, 8))
+    xt = x.masked_fill(torch.rand(2, 8) < 0.5, 7)
+    dense = model.logits(model.denoise(xt, x))
+    model.config.attn_backend, model._masks = 'flex', {}
+    assert torch.allclose(dense[..., :5], model.logits(model.denoise(xt, x))[..., :5], atol=1e-4)
+
+# ---- writing
+
+@pytest.mark.parametrize('kind', TINY)
+@torch.no_grad()
+def test_first_hitting_draws_from_the_model(kind):
+    """ P11: the histogram of samples against enumeration """
+    model, x = tiny(kind[0], V=2 if kind[0] == 'mdlm' else 3, **kind[1])
+    p, n = exact_log_p(model, x).exp(), 20000
+    torch.manual_seed(0)
+    out = model.generate(torch.zeros(n, 0, dtype=torch.long), 4)
+    V = model.config.text_size
+    counts = torch.bincount((out * V ** torch.arange(3, -1, -1)).sum(1), minlength=len(x)).double()
+    rare = p * n < 5
+    bins = [(c, e) for c, e, r in zip(counts.tolist(), (p * n).tolist(), rare.tolist()) if not r]
+    if rare.any() and (p[rare].sum() * n) > 1:
+        bins.append((counts[rare].sum().item(), (p[rare].sum() * n).item()))
+    chi2, df = sum((c - e) ** 2 / e for c, e in bins), len(bins) - 1
+    assert chi2 < df + 4 * math.sqrt(2 * df) + 8 and (counts / n - p).abs().sum() / 2 < 0.03
+
+@torch.no_grad()
+def test_ancestral_reveals_exactly_as_many_as_the_process():
+    """ P12: Binomial counts per step, nothing hidden after the last, T = 1 included; many steps come near first hitting """
+    torch.manual_seed(0)
+    for steps in 1, 2, 5, 40:
+        hidden, revealed = torch.ones(4000, 6).bool(), []
+        for reveal in SAMPLERS['ancestral'](hidden, steps):
+            assert not (reveal & ~hidden).any()
+            revealed.append(reveal.sum().item())
+            hidden = hidden & ~reveal
+        assert not hidden.any()
+        if steps == 5: # every step reveals a fifth of all
+            assert max(abs(r / 24000 - 0.2) for r in revealed) < 4 * math.sqrt(0.16 / 24000)
+    model, x = tiny('mdlm', V=2)
+    p, n = exact_log_p(model, x).exp(), 6000
+    distance = []
+    for steps in 1, 4, 64:
+        out = model.generate(torch.zeros(n, 0, dtype=torch.long), 4, sampler='ancestral', steps=steps)
+        counts = torch.bincount((out * 2 ** torch.arange(3, -1, -1)).sum(1), minlength=16).double()
+        distance.append((counts / n - p).abs().sum().item() / 2)
+    assert distance[0] > distance[1] > distance[2] and distance[2] < 0.04
+
+def test_a_step_reveals_at_the_exact_rate_however_rare():
+    """ P20: many rare tokens against a nearly certain [MASK]; a float32 race over all of them would reveal half as often """
+    torch.manual_seed(0)
+    hidden, n = torch.ones(2000, 1000).bool(), 2_000_000
+    revealed = next(SAMPLERS['ancestral'](hidden, 10000)).sum().item() # 1e-4 of them
+    assert abs(revealed - n * 1e-4) < 4 * math.sqrt(n * 1e-4)
+
+@every_kind
+@pytest.mark.parametrize('sampler', ['first_hitting', 'ancestral'])
+@torch.no_grad()
+def test_writing_keeps_what_is_given_and_caches_exactly(kind, sampler, monkeypatch):
+    """ P10, P13, P21: given tokens, different prompt lengths, gaps, ragged blocks; the cached passes equal uncached ones """
+    model = build(kind[0], **kind[1])
+    torch.nn.init.constant_(model.lm_head.weight[7], 5.0) # an eager [MASK]
+    prompt = torch.randint(5, (3, 6))
+    prompt[0, 1:], prompt[1, 4:], prompt[2, 2] = -1, -1, -1
+    settled, errors, cached = torch.zeros(3, 0, dtype=torch.long), [], type(model).read
+    def read(text, first, s, ids, cache):
+        nonlocal settled
+        x = cached(model, text, first, s, ids, cache)
+        if cache is not None: # the same once more, over everything so far and without a cache
+            whole, pos = torch.cat((settled[:, :first], text), 1), torch.arange(len(ids))
+            settled = whole[:, :s]
+            y = model.trunk(model.embed(whole, pos), pos, dense_mask(ids, pos >= s, model.config.clean_causal))
+            errors.append((x - y[:, first:]).abs().max().item())
+        return x
+    monkeypatch.setattr(model, 'read', read)
+    out = model.generate(prompt, 2, sampler=sampler)
+    assert out.shape == (3, 8) and out.min() >= 0 and out.max() < 5
+    assert torch.equal(out[:, :6][prompt != -1], prompt[prompt != -1])
+    assert max(errors, default=0) < 1e-9 and bool(errors) == model.blockwise
+
+@every_kind
+@torch.no_grad()
+def test_writing_past_the_context_stops_and_steps(kind):
+    model = build(kind[0], **kind[1])
+    if model.config.attention == 'hierarchical':
+        with pytest.raises(AssertionError, match='a hierarchy has 8 tokens'):
+            model.generate(torch.zeros(1, 2, dtype=torch.long), 20)
+        return
+    states = []
+    out = model.generate(torch.randint(5, (2, 11)), 20, on_step=lambda step, idx, probs, state: states.append((step, state['nfe'], state['done'], probs)))
+    assert out.shape == (2, 31) and out.min() >= 0
+    assert [s for s, *_ in states] == [n for _, n, *_ in states] == list(range(1, 21)) and states[-1][2] == 31
+    assert all(torch.allclose(p.sum(-1), torch.ones(len(p))) for *_, p in states)
+    few = []
+    model.generate(torch.zeros(1, 1, dtype=torch.long), 7, sampler='ancestral', steps=8, on_step=lambda *a: few.append(a[0]))
+    assert 1 <= len(few) <= 8
+    torch.manual_seed(0)
+    out = model.generate(torch.full((4, 2), 3), 20, stop=3, temperature=2.0)
+    for row in out[:, 2:].tolist(): # the prompt's own 3 ends nothing
+        assert 3 not in row or set(row[row.index(3):]) == {3}
+    assert (out[:, 2:] == 3).any()
+    for options, word in [(dict(sampler='ancestral', steps=0), 'fewer than the'), (dict(steps=5), 'leave steps out'), (dict(sampler='magic'), 'first_hitting, ancestral')]:
+        with pytest.raises(AssertionError, match=word):
+            model.generate(torch.zeros(1, 1, dtype=torch.long), 7, **options)
+
+@torch.no_grad()
+def test_greedy_rows_do_not_depend_on_their_batch():
+    """ P21: block size 1 and temperature 0 leave nothing to chance; rows with prompts of different lengths, alone and together """
+    model = build('bd3lm', diffusion_block_size=1, begin_id=6)
+    prompts = [torch.randint(5, (1, n)) for n in (0, 2, 5)]
+    together = model.generate(torch.cat([F.pad(p, (0, 5 - p.size(1)), value=-1) for p in prompts]), 3, temperature=0)
+    for p, row in zip(prompts, together):
+        assert torch.equal(model.generate(p, 8 - p.size(1), temperature=0)[0], row)
+
+def test_wrong_settings_end_in_a_sentence():
+    for objective, settings, word in [('mdlm', dict(mask_id=None), 'needs mask_id'), ('mdlm', dict(t_min=0.5, t_max=0.5), 'in order'),
+                                      ('bd3lm', dict(diffusion_block_size=2, ar_weight=1.0), 'clean_causal'), ('bd3lm', {}, 'needs diffusion_block_size'),
+                                      ('bd3lm', dict(attention='full'), 'works with attention block'), ('mdlm', dict(t_dist='gauss'), 'uniform, bell'),
+                                      ('mdlm', dict(attention='hierarchical', segments='2,3'), 'add up to 5')]:
+        with pytest.raises(AssertionError, match=word):
+            build(objective, **settings)
