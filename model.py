@@ -653,8 +653,9 @@ class Denoiser(GPT):
         [(start, end, [(block start, block end, steps), ...]), ...], blocks counted from the window's start.
         A text that outgrows the context goes on in a new window that begins with the newer half of the last one.
         """
-        room, n = self.config.block_size, self.config.diffusion_block_size or 1
-        kept = max(room // 2 // n * n, 1) # a whole number of blocks, where there are several
+        room = self.config.block_size
+        n = self.id_list.index(1) if self.blockwise and 1 in self.id_list else 1 # the first block's length
+        kept = room // 2 // n * n or (room + 1) // 2 # a whole number of blocks, where the half has several
         windows, end, unknown = [], 0, unknown.tolist()
         while any(unknown[end:]):
             first = end + unknown[end:].index(True)
@@ -663,7 +664,7 @@ class Denoiser(GPT):
             T = end - start
             ids = self.id_list[:T] if self.blockwise else [0] * T
             edges = [i for i in range(T + 1) if i == 0 or i == T or ids[i] != ids[i - 1]]
-            windows.append((start, end, [(s, e) for s, e in zip(edges, edges[1:]) if any(unknown[start + s:start + e])]))
+            windows.append((start, end, [(s, e) for s, e in zip(edges, edges[1:]) if any(unknown[max(first, start + s):start + e])]))
         assert self.config.attention != 'hierarchical' or len(unknown) <= room, \
             f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {len(unknown)}"
         if sampler == 'first_hitting':
@@ -965,10 +966,11 @@ def read_checkpoint(path):
         raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this code reads up to {FORMAT}: update the code")
     return ckpt
 
-def load_checkpoint(path, device='cpu', weights='ema', objectives=OBJECTIVES):
+def load_checkpoint(path, device='cpu', weights='ema', objectives=OBJECTIVES, view=None):
     """
     A checkpoint of train.py (its path, or what read_checkpoint gave) -> (model in eval mode, the checkpoint's dict).
-    weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step.
+    weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step. view: what else the
+    weights can be read as, 'ar' for a bd3lm run with clean_causal.
     """
     assert weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw"
     ckpt = path if isinstance(path, dict) else read_checkpoint(path)
@@ -977,4 +979,9 @@ def load_checkpoint(path, device='cpu', weights='ema', objectives=OBJECTIVES):
         raise ValueError(f"the checkpoint was written by another version: {', '.join(unknown) or ckpt['objective']} is unknown here")
     model = objectives[ckpt['objective']](GPTConfig(**ckpt['config']))
     model.load_state_dict(ckpt['ema'] if weights == 'ema' and ckpt['ema'] else ckpt['model'])
-    return model.eval().to(device), ckpt
+    model = model.eval().to(device)
+    views = {None: model} | model.views()
+    if view not in views:
+        raise ValueError(f"this {ckpt['objective']} checkpoint cannot be read as {view}, only as "
+                         f"{', '.join(v for v in views if v) or 'itself'}")
+    return views[view], ckpt

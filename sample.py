@@ -5,6 +5,7 @@ $ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temp
 The samples go to stdout as they come, everything else to stderr.
 """
 
+import inspect
 import os
 import sys
 import time
@@ -19,12 +20,15 @@ from prepare import PrepareError, Tokenizer, provider, read_text
 out_dir = 'out' # the run's folder
 ckpt = 'best' # best | latest | the path of a checkpoint
 weights = 'ema' # ema (if the run averaged its weights) | raw
+view = None # what else the weights can be read as: ar (of a bd3lm run with clean_causal)
 start = '' # the prompt; FILE:prompt.txt reads it from a file
 num_samples = 3
 max_new_tokens = 400
 temperature = 0.8 # 1: as trained, below: more likely text, 0: always the likeliest token
 top_k = None # draw from the k likeliest tokens only
 top_p = None # draw from the fewest tokens whose probabilities add up to p
+sampler = None # mdlm, bd3lm: first_hitting (their default, one token per network call) | ancestral (several, in `steps` steps)
+steps = None # ancestral: reverse steps in all, split evenly over the blocks; None: as many as new tokens
 stop = None # end a sample at this token: end (the end id), or the text of one token
 stream = True # samples one after another, each as it is written; False: all in one batch, faster, shown at the end
 seed = 1337
@@ -57,8 +61,8 @@ class Printer:
 
     def __call__(self, step, idx, probs, state):
         self.nfe = state['nfe']
-        if len(idx) == 1:
-            self.write(until(idx[0].tolist(), self.stop, self.given), last=False)
+        if len(idx) == 1: # only what nothing can change any more: up to the first gap
+            self.write(until(idx[0, :state['done']].tolist(), self.stop, self.given), last=False)
 
     def write(self, ids, last=True):
         text = self.tokenizer.decode(ids)
@@ -75,20 +79,22 @@ def main():
             raise PrepareError(f"there is no checkpoint {path}: name the folder of a run with --out_dir, train one first with train.py")
         state = models.read_checkpoint(path)
         objectives = models.OBJECTIVES | provider(state['settings']['dataset']).get('OBJECTIVES', {})
-        model, _ = models.load_checkpoint(state, where, weights, objectives)
+        model, _ = models.load_checkpoint(state, where, weights, objectives, view)
         tokenizer = Tokenizer(state['meta'])
         first = start or '\n' * (model.config.begin_id is None) # something must come first
         prompt, stop_at = encode_prompt(tokenizer, first).to(where), stop_id(tokenizer, stop)
-        print(f"loaded {path}: {state['objective']}, {model.n_params() / 1e6:.2f}M parameters, iteration {state['iteration']} on "
+        print(f"loaded {path}: {state['objective']}{f' as {view}' if view else ''}, {model.n_params() / 1e6:.2f}M parameters, iteration {state['iteration']} on "
               f"{state['settings']['dataset']}, {'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
               f"{state['meta']['tokenizer']} tokens, {where}", file=sys.stderr)
+        options = {k: config[k] for k in ('temperature', 'top_k', 'top_p', 'sampler', 'steps') if config[k] is not None}
+        for option in options.keys() - inspect.signature(model.generate).parameters.keys():
+            raise PrepareError(f"{view or state['objective']} writes left to right, one token at a time: it has no use for --{option}")
         torch.manual_seed(seed)
         clock, evaluations = time.time(), 0
         for rows in [1] * num_samples if stream else [num_samples]:
             printer = Printer(tokenizer, stop_at, prompt.size(1))
             with amp:
-                out = model.generate(prompt.expand(rows, -1), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                     stop=stop_at, on_step=printer)
+                out = model.generate(prompt.expand(rows, -1), max_new_tokens, stop=stop_at, on_step=printer, **options)
             for i, ids in enumerate(out.tolist()):
                 printer.shown = printer.shown if i == 0 else 0
                 printer.write(until(ids, stop_at, prompt.size(1)))

@@ -71,10 +71,10 @@ def test_same_seed_same_loss_and_another_seed_another(trained, corpus, tmp_path)
     assert log_of(tmp_path / 'a') == log_of(trained[0]) != log_of(tmp_path / 'b')
     assert not (tmp_path / 'a' / 'results.json').exists()
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_resume_is_the_uninterrupted_run(corpus, tmp_path, optimizer):
+@pytest.mark.parametrize('objective, optimizer', [('ar', 'adamw'), ('ar', 'muon'), ('mdlm', 'muon'), ('bd3lm', 'muon')])
+def test_resume_is_the_uninterrupted_run(corpus, tmp_path, objective, optimizer):
     """ bit for bit: log, weights, averages; the first part is stopped by SIGTERM at an iteration nobody chose """
-    args = [*TINY, f'--dataset={corpus}', '--ema=0.9', '--dropout=0.1', f'--optimizer={optimizer}', '--max_iters=60', '--eval_interval=20',
+    args = [*TINY, f'--dataset={corpus}', '--ema=0.9', '--dropout=0.1', f'--optimizer={optimizer}', f'--objective={objective}', '--max_iters=60', '--eval_interval=20',
             '--gradient_accumulation_steps=2', '--scoreboard_windows=0']
     run('train.py', *args, f'--out_dir={tmp_path}/whole')
     part = subprocess.Popen([sys.executable, 'train.py', *args, f'--out_dir={tmp_path}/part'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -143,6 +143,23 @@ def test_sampling(trained):
     assert "unknown character 'é'" in run('sample.py --start=café', f'--out_dir={out}', code=2)
     assert 'expected text of exactly one' in run('sample.py --stop=dog', f'--out_dir={out}', code=2)
     assert 'there is no checkpoint' in run(f'sample.py --out_dir={out}/nowhere', code=2)
+
+@pytest.mark.parametrize('objective', ['mdlm', 'bd3lm'])
+def test_diffusion_trains_and_writes(corpus, trained, tmp_path, objective):
+    out, shape = tmp_path / 'run', [a for a in TINY if 'max_iters' not in a]
+    args = [*shape, f'--dataset={corpus}', f'--out_dir={out}', f'--objective={objective}', '--diffusion_block_size=4', '--bound_samples=2', '--ema=0.9']
+    dual = ['--clean_causal=True', '--ar_weight=1', '--t_dist=bell'] if objective == 'bd3lm' else [f'--init_from={trained[0]}/ckpt_best.pt']
+    text = run('train.py', *args, *dual, '--max_iters=6')
+    board = json.loads((out / 'results.json').read_text())['weights']['raw']['scoreboard']
+    assert not board['exact'] and board['samples_per_window'] == 2 and board['stderr_monte_carlo'] > 0 and 'nelbo <=' in text
+    for more in ['--stream=False', '--sampler=ancestral --steps=12', *(['--view=ar'] if objective == 'bd3lm' else [])]:
+        text = run('sample.py --start=The --max_new_tokens=30 --num_samples=2', f'--out_dir={out}', *more.split())
+        assert text.count('The') >= 2 and 'network evaluations' in text
+    assert 'no use for --sampler' in run('sample.py --sampler=ancestral', f'--out_dir={trained[0]}', code=2)
+    assert 'cannot be read as gpt' in run('sample.py --view=gpt', f'--out_dir={out}', code=2)
+    if objective == 'bd3lm':
+        text = run('-m tools.compare --orders=2', out, trained[0])
+        assert text.index('nll =') and text.count('| bd3lm, raw as ar |') == 1 and '+-' in text.split('margin')[1]
 
 def test_two_processes(corpus, tmp_path):
     """ torchrun on two gloo processes is one process with accumulation, up to the order of sums """
