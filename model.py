@@ -68,40 +68,50 @@ def mask_mod(block, noisy, clean_causal=False):
         return torch.where(noisy[kv_idx], same & noisy[q_idx], past | clean)
     return mod
 
-def dense_mask(block, noisy=None, clean_causal=False, rows=slice(None), cols=slice(None)):
-    """ mask_mod as a bool matrix, True = may look, or a part of it: (N, N) for block (N,), (B, 1, N, N) for block (B, N) """
+def dense_mask(block, noisy=None, clean_causal=False, rows=None, cols=None):
+    """ mask_mod as a bool matrix, True = may look: (N, N) for block (N,), (B, 1, N, N) for block (B, N); or only some rows, columns """
     i = torch.arange(block.size(-1), device=block.device)
     noisy = torch.zeros_like(i, dtype=torch.bool) if noisy is None else noisy
     b = None if block.dim() == 1 else torch.arange(block.size(0), device=block.device)[:, None, None, None]
-    return mask_mod(block, noisy, clean_causal)(b, None, i[rows, None], i[None, cols])
+    q, k = i if rows is None else rows, i if cols is None else cols
+    return mask_mod(block, noisy, clean_causal)(b, None, q[:, None], k[None, :])
 
-def flex_mask(block, noisy=None, clean_causal=False, rows=slice(None), cols=slice(None)):
+def flex_mask(block, noisy=None, clean_causal=False, rows=None, cols=None):
     """ the same for FlexAttention, which skips the tiles that nobody may look at """
     from torch.nn.attention.flex_attention import create_block_mask
     i = torch.arange(block.size(-1), device=block.device)
     noisy = torch.zeros_like(i, dtype=torch.bool) if noisy is None else noisy
-    mod, q, k = mask_mod(block, noisy, clean_causal), i[rows], i[cols]
+    mod, q, k = mask_mod(block, noisy, clean_causal), i if rows is None else rows, i if cols is None else cols
     return create_block_mask(lambda b, h, q_idx, kv_idx: mod(b, h, q[q_idx], k[kv_idx]), block.size(0) if block.dim() > 1 else None,
                              None, len(q), len(k), device=block.device)
 
-@dataclass
-class Streams:
-    """ masks of a two-stream pass: T noisy rows first, then clean ones """
-    T: int
-    noisy: object # (T, T + clean rows)
-    clean: object # (clean rows, clean rows)
+def whole_blocks(ids, size):
+    """ cut a row into runs of at least `size` tokens that split no block: [(start, end), ...]; ids is a list """
+    edges = [0]
+    for i in range(1, len(ids)):
+        if ids[i] != ids[i - 1] and i - edges[-1] >= size:
+            edges.append(i)
+    return list(zip(edges, edges[1:] + [len(ids)]))
 
 def attend(q, k, v, mask, dropout_p=0.0):
     """
     Scaled dot-product attention, (B, H, Tq, D) over (B, H, Tk, D). mask: 'causal' (queries and keys begin together),
-    'full', a bool matrix that broadcasts to (B, H, Tq, Tk), a FlexAttention BlockMask, or for two streams laid end to end a
-    pair: one for the T noisy queries over all keys, one for the clean queries, if there are any, over the clean keys.
+    'full', a bool matrix that broadcasts to (B, H, Tq, Tk), a FlexAttention BlockMask, or the parts of a two-stream mask: a pair
+    (noisy, clean) of lists [(rows, clean keys, mask), ...]. A run of noisy rows looks at itself and at the first so many clean keys, a
+    run of clean rows at the latter only; clean runs without queries are left out.
     """
-    if isinstance(mask, Streams): # two calls compute 3/4 of what one dense matrix over both streams would
-        y = attend(q[:, :, :mask.T], k, v, mask.noisy, dropout_p)
-        if q.size(2) == mask.T:
-            return y
-        return torch.cat((y, attend(q[:, :, mask.T:], k[:, :, mask.T:], v[:, :, mask.T:], mask.clean, dropout_p)), dim=2)
+    if isinstance(mask, tuple):
+        noisy, clean = mask
+        runs = [n for n, _, _ in noisy]
+        T = sum(runs)
+        (qn, qc), (kn, kc), (vn, vc) = (x.split((T, x.size(2) - T), dim=2) for x in (q, k, v))
+        keys = [(own, kc[:, :, :past], v_own, vc[:, :, :past]) for own, v_own, (_, past, _) in zip(kn.split(runs, 2), vn.split(runs, 2), noisy)]
+        y = [attend(q, torch.cat((k1, k2), 2), torch.cat((v1, v2), 2), part[2], dropout_p)
+             for q, (k1, k2, v1, v2), part in zip(qn.split(runs, 2), keys, noisy)]
+        if qc.size(2):
+            y += [attend(q, kc[:, :, :past], vc[:, :, :past], part, dropout_p)
+                  for q, (_, past, part) in zip(qc.split([n for n, _, _ in clean], 2), clean)]
+        return torch.cat(y, dim=2)
     if isinstance(mask, str):
         # no matrix: the kernels skip what is_causal rules out
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=mask == 'causal')
@@ -574,16 +584,17 @@ class Denoiser(GPT):
         """ clean rows before the text: the begin id, where there is a clean stream for it to begin """
         return int(self.two_streams and self.config.begin_id is not None)
 
-    def mask(self, block, noisy=None, rows=slice(None), cols=slice(None), key=None):
-        """ the attention rule as the backend wants it; kept under `key` for the next call """
-        backend = self.config.attn_backend
-        make = flex_mask if backend == 'flex' or backend == 'auto' and block.is_cuda else dense_mask
-        key = key and (*key, block.device)
-        if key is None or key not in self._masks:
-            mask = make(block, noisy, self.config.clean_causal, rows, cols)
-            if key is None:
-                return mask
-            self._masks[key] = mask
+    def mask(self, block, noisy=None, rows=None, cols=None):
+        """ the attention rule as the backend wants it """
+        return (flex_mask if self.flex(block.device) else dense_mask)(block, noisy, self.config.clean_causal, rows, cols)
+
+    def flex(self, device):
+        return self.config.attn_backend == 'flex' or self.config.attn_backend == 'auto' and device.type == 'cuda'
+
+    def kept(self, key, make):
+        """ masks of whole batches are built once per length and device """
+        if key not in self._masks:
+            self._masks[key] = make()
         return self._masks[key]
 
     def one_stream(self, xt, block_ids=None):
@@ -594,7 +605,7 @@ class Denoiser(GPT):
         elif self.id_list[T - 1] == 0:
             mask = 'full'
         else:
-            mask = 'causal' if self.config.attention == 'causal' else self.mask(self.ids[:T], key=(T,))
+            mask = 'causal' if self.config.attention == 'causal' else self.kept((T, xt.device), lambda: self.mask(self.ids[:T]))
         return self.trunk(self.embed(xt, pos), pos, mask)
 
     def two_stream(self, xt, x0, block_ids=None, clean_too=False):
@@ -609,16 +620,28 @@ class Denoiser(GPT):
         clean = F.pad(x0[:, :n], (lead, 0), value=self.config.begin_id or 0)
         if clean.size(1) == 0: # one block spans the sequence
             return self.one_stream(xt, block_ids)
-        N = T + n + lead
-        block = torch.cat((ids + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
-        row = torch.arange(N, device=xt.device)
-        noisy, key = row < T, None if block_ids is not None else (T, n)
-        over_all = self.mask(block, noisy, slice(0, T), key=key and (*key, 'noisy'))
-        over_clean = self.mask(block, noisy, slice(T, N), slice(T, N), key and (*key, 'clean')) if not self.config.clean_causal else 'causal'
-        streams = Streams(T, over_all, over_clean)
-        pos = torch.where(noisy, row + lead, row - T) # a noisy token stands where its clean copy stands
+        mask = self.two_stream_mask(ids, T, n) if block_ids is not None else \
+            self.kept((T, n, xt.device), lambda: self.two_stream_mask(ids, T, n))
+        # a noisy token stands where its clean copy stands
+        pos = torch.cat((torch.arange(T, device=xt.device) + lead, torch.arange(n + lead, device=xt.device)))
         x = torch.cat((xt, clean), dim=1)
-        return self.trunk(self.embed(x, pos), pos, streams, rows=None if clean_too else T)
+        return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T)
+
+    def two_stream_mask(self, ids, T, n):
+        """
+        The rule for T noisy rows, then begin and n clean ones, in parts that compute less than half of the dense matrix: clean rows look
+        at clean ones only, and a run of some 128 rows needs no later ones. FlexAttention finds what to skip by itself.
+        """
+        lead, row = self.lead, torch.arange(T + n + self.lead, device=ids.device)
+        block = torch.cat((ids + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
+        listed = self.id_list if ids.dim() == 1 and not self.flex(ids.device) else None # None: in one run
+        noisy, clean = [], [(n + lead, n + lead, 'causal')] if self.config.clean_causal else []
+        for s, e in whole_blocks(listed[:T], 128) if listed else [(0, T)]:
+            past = lead + (min(n, listed.index(listed[e - 1])) if listed else n)
+            noisy.append((e - s, past, self.mask(block, row < T, row[s:e], torch.cat((row[s:e], row[T:T + past])))))
+        for s, e in (whole_blocks([0] * lead + [i + lead for i in listed[:n]], 128) if listed else [(0, n + lead)]) if not clean else []:
+            clean.append((e - s, e, self.mask(block, row < T, row[T + s:T + e], row[T:T + e])))
+        return noisy, clean
 
     def ce(self, x, targets, rows):
         """ states x (B, T, C) -> logits (R, V) and cross-entropies (R,) of the rows, flat indices into B * T """
@@ -725,11 +748,11 @@ class Denoiser(GPT):
         One pass over the rows from `first` on -> their states. Rows before s are settled and not yet in the cache, which keeps them
         from now on; the others are the block being written.
         """
-        pos = torch.arange(first, len(ids), device=text.device)
         if cache is None: # the row is denoised as a whole
             return self.one_stream(text)
-        mask = 'full' if first == s else self.mask(ids, torch.arange(len(ids), device=text.device) >= s, slice(first, None))
-        x = self.trunk(self.embed(text, pos), pos, mask, cache)
+        row = torch.arange(len(ids), device=text.device)
+        mask = 'full' if first == s else self.mask(ids, row >= s, row[first:])
+        x = self.trunk(self.embed(text, row[first:]), row[first:], mask, cache)
         cache.keep(s - first)
         return x
 

@@ -268,6 +268,31 @@ def one_stream_logits(model, xt, s, e):
     x = model.trunk(model.embed(F.pad(xt[:, :T], (lead, 0), value=model.config.begin_id or 0), pos), pos, mask)
     return model.logits(x[:, s + lead:])
 
+@pytest.mark.parametrize('n', [1, 5, 16, 100, 200])
+@pytest.mark.parametrize('more', [{}, dict(begin_id=6), dict(begin_id=6, clean_causal=True)])
+def test_the_parts_of_a_two_stream_mask_are_the_whole(n, more):
+    """ every allowed pair is computed once, and not many others """
+    T = 200
+    model = build('bd3lm', block_size=T, diffusion_block_size=n, **more)
+    clean = T - 1 if more.get('clean_causal') else model.id_list.index(model.id_list[-1])
+    N = T + clean + model.lead
+    if N == T:
+        return
+    whole = torch.zeros(N, N, dtype=torch.int)
+    computed = 0
+    noisy, rest = model.two_stream_mask(model.ids, T, clean)
+    end, row = 0, torch.arange(N)
+    for length, past, mask in noisy + rest:
+        rows, end = row[end:end + length], end + length
+        cols = torch.cat((rows, row[T:T + past])) if end <= T else row[T:T + past]
+        mask = torch.ones(length, len(cols)).tril().bool() if isinstance(mask, str) else mask
+        whole[rows[:, None], cols] += mask.int()
+        computed += mask.numel()
+    assert end == N
+    block = torch.cat((model.ids + model.lead, F.pad(model.ids[:clean] + model.lead, (model.lead, 0))))
+    assert torch.equal(whole, dense_mask(block, torch.arange(N) < T, model.config.clean_causal).int())
+    assert n > 64 or computed < 0.6 * N * N
+
 @blockwise_kinds
 @torch.no_grad()
 def test_two_streams_are_one_stream_block_by_block(kind):
@@ -355,7 +380,7 @@ def test_flex_and_dense_masks_agree(kind):
     model, x = build(kind[0], dtype=torch.float, **{**kind[1], 'n_embd': 32}), torch.randint(5, (2, 8))
     xt = x.masked_fill(torch.rand(2, 8) < 0.5, 7)
     dense = model.logits(model.denoise(xt, x))
-    model.config.attn_backend, model._masks = 'flex', {}
+    model.config.attn_backend, model._masks = 'flex', {} # rebuilt
     assert torch.allclose(dense[..., :5], model.logits(model.denoise(xt, x))[..., :5], atol=1e-4)
 
 # ---- writing
