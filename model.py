@@ -164,7 +164,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False # in linear layers and in layernorm
     pos: str = 'rope' # rope | learned
-    norm: str = 'rmsnorm' # rmsnorm | layernorm
+    norm: str = 'layernorm' # layernorm (as good at 0.8M parameters, 1/6 faster on a CPU) | rmsnorm
     mlp: str = 'swiglu' # swiglu | gelu; equal in parameters
     qk_norm: bool = True # layernorm without parameters on queries and keys (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = False # one matrix for embedding and head

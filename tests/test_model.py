@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig, Cache, attend, block_ids, dense_mask, draw, mask_mod, token_probs
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
-SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='layernorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
+SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='rmsnorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
 
 def gpt(seed=0, **settings):
     """ a small model with large random weights, so that every output depends visibly on every input """
