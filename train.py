@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -169,19 +170,19 @@ try:
     if world > 1:
         dist.barrier()
     corpus = Corpus(dataset)
-    meta = corpus.meta
     objectives = models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {})
     assert objective in objectives, f"objective is {objective!r}, expected one of {', '.join(objectives)}"
     assert decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant"
     assert gradient_accumulation_steps % world == 0, \
         f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes"
-    assert batch_size >= 1 and micro_steps >= 1 and eval_iters >= 1 and log_interval >= 1 and eval_interval >= 1, \
-        "batch_size, gradient_accumulation_steps, eval_iters, log_interval and eval_interval must be at least 1"
+    for name in 'batch_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval', 'eval_interval', 'bound_samples':
+        assert config[name] >= 1, f"{name} is {config[name]}, expected at least 1"
+    assert seed >= 0, f"seed is {seed}, expected 0 or more"
     torch.manual_seed(seed)
     kind = objectives[objective]
-    known = config | meta
+    known = config | corpus.meta
     shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
-    shape |= {'begin_id': meta['begin_id'] if begin else None, 'attention': attention or kind.attentions[0]}
+    shape |= {'begin_id': corpus.meta['begin_id'] if begin else None, 'attention': attention or kind.attentions[0]}
     raw_model = kind(models.GPTConfig(**shape)).to(device)
     for split in 'train', 'val': # what is wrong with a row is better said now than at the first evaluation
         next(corpus.windows(split, 1, raw_model.row_length))
@@ -196,9 +197,8 @@ if max_epochs > 0:
 if ckpt_epochs > 0:
     ckpt_interval = max(1, round(ckpt_epochs / epochs_per_iter))
 ckpt_interval = ckpt_interval or eval_interval
-for opt in optimizers:
-    for group in opt.param_groups:
-        group['peak_lr'] = group['lr']
+for group in (group for opt in optimizers for group in opt.param_groups):
+    group['peak_lr'] = group['lr']
 iteration, best = 0, math.inf
 
 if resume or init_from != 'scratch':
@@ -212,16 +212,19 @@ if resume or init_from != 'scratch':
         fail(f"the weights of {path} do not fit this model: {' '.join(str(e).split())[:300]}")
 ema_weights = {k: v.detach().clone() for k, v in raw_model.state_dict().items()} if ema > 0 else None
 if resume:
-    differ = [k for k, v in asdict(raw_model.config).items() if k not in ('dropout', 'attn_backend', 'grad_checkpointing')
-              and state['config'].get(k) != v]
+    free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight') # of training, not of the weights
+    differ = [k for k, v in asdict(raw_model.config).items() if k not in free and state['config'].get(k) != v]
     if differ or state['objective'] != objective:
         fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
              f"resume with the run's own settings, or start anew in another --out_dir")
     raw_model.load_state_dict(state['model'])
     if ema_weights is not None and state['ema']:
         ema_weights = {k: v.to(device) for k, v in state['ema'].items()}
-    for opt, saved in zip(optimizers, state['optimizers']):
+    for opt, saved in zip(optimizers, state['optimizers']): # its moments; rates and decay are this command line's
+        asked = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
         opt.load_state_dict(saved)
+        for group, own in zip(opt.param_groups, asked):
+            group.update(own)
     scaler.load_state_dict(state['scaler'])
     iteration, best = state['iteration'], state['best']
     say(f"resumed {path}: iteration {iteration}, best {raw_model.measured} {best:.4f}")
@@ -232,7 +235,9 @@ say(f"{objective} on {dataset}: {raw_model.n_params() / 1e6:.2f}M parameters, at
 
 if compiles and not eval_only:
     try:
-        torch._inductor.cpp_builder.get_cpp_compiler() if device.type == 'cpu' else None
+        if device.type == 'cpu':
+            from torch._inductor.cpp_builder import get_cpp_compiler
+            get_cpp_compiler()
         raw_model.compile() # in place, so that names stay and checkpoints do not care
     except Exception as e:
         say(f"torch.compile cannot work here ({type(e).__name__}: {str(e).splitlines()[0]}); going on without it")
@@ -357,9 +362,8 @@ def log(row):
 def save(is_best):
     state = {'format': 1, 'objective': objective, 'config': asdict(raw_model.config), 'model': raw_model.state_dict(),
              'ema': ema_weights, 'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': scaler.state_dict(),
-             'iteration': iteration, 'best': float(best), 'settings': config, 'meta': meta}
-    names = ['latest'] + ['best'] * is_best + [f'{iteration:06d}'] * (not cleanup_checkpoints)
-    for name in names:
+             'iteration': iteration, 'best': float(best), 'settings': config, 'meta': corpus.meta}
+    for name in ['latest'] + ['best'] * is_best + [f'{iteration:06d}'] * (not cleanup_checkpoints):
         write_atomically(inside(f'ckpt_{name}.pt'), lambda f: torch.save(state, f))
 
 if wandb_log and master:
@@ -377,10 +381,6 @@ def learning_rate_factor(it):
     done = min(1.0, (it - warmup_iters) / max(1, (decay_iters or max_iters) - warmup_iters)) # 0 to 1
     shapes = {'linear': 1 - done, 'cosine': 0.5 * (1 + math.cos(math.pi * done)), 'constant': 1.0}
     return final_lr + (1 - final_lr) * shapes[decay]
-
-def duration(seconds):
-    m, s = divmod(int(seconds), 60)
-    return f"{m // 60}h {m % 60:02d}m" if m >= 60 else f"{m}m {s:02d}s" if m else f"{s}s"
 
 stop_asked = False
 
@@ -427,12 +427,12 @@ def train_step():
 
 def train():
     global iteration, best
-    clock, since, started = time.time(), iteration, iteration
+    clock, since = time.time(), iteration
     while iteration < max_iters:
         loss, norm = train_step()
         iteration += 1
         leave = somebody_asked_to_stop()
-        logs = iteration % log_interval == 0 or iteration == max_iters or iteration == started + 1
+        logs = iteration % log_interval == 0 or iteration in (1, max_iters)
         evaluates = iteration % eval_interval == 0 or iteration == max_iters
         row = {'iteration': iteration, 'epoch': iteration * epochs_per_iter, 'tokens': iteration * tokens_per_iter}
         if logs and master:
@@ -443,7 +443,7 @@ def train():
             mfu = raw_model.estimate_mfu(speed, peak_flops * world) if peak_flops else None
             eta = (max_iters - iteration) * tokens_per_iter / speed
             say(f"iter {iteration}/{max_iters} | epoch {row['epoch']:.2f} | {raw_model.loss_name} {row[raw_model.loss_name]:.4f} | "
-                f"lr {row['lr']:.1e} | {speed:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | eta {duration(eta)}")
+                f"lr {row['lr']:.1e} | {speed:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | eta {timedelta(seconds=round(eta))}")
         is_best = False
         if evaluates and master:
             paused = time.time()
@@ -467,7 +467,6 @@ def train():
 
 for s in (signal.SIGINT, signal.SIGTERM):
     signal.signal(s, ask_to_stop)
-raw_model.train()
 try:
     finished = train()
 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:

@@ -1,6 +1,11 @@
 """
-The first model: characters of python's own documentation and library, embedded in every python, so no network is needed.
+The first model: characters of Python's own documentation and library, which every Python brings along, so no network is needed.
 $ python train.py config/train_python_docs.py --objective=ar
+$ python train.py config/train_python_docs.py --objective=mdlm --out_dir=out-python-docs-mdlm
+$ python train.py config/train_python_docs.py --objective=bd3lm --out_dir=out-python-docs-bd3lm
 """
 out_dir = 'out-python-docs'
 dataset = 'python_docs'
+block_size = 128
+batch_size = 16
+max_iters = 1000

@@ -74,17 +74,17 @@ def test_same_seed_same_loss_and_another_seed_another(trained, corpus, tmp_path)
 @pytest.mark.parametrize('objective, optimizer', [('ar', 'adamw'), ('ar', 'muon'), ('mdlm', 'muon'), ('bd3lm', 'muon')])
 def test_resume_is_the_uninterrupted_run(corpus, tmp_path, objective, optimizer):
     """ bit for bit: log, weights, averages; the first part is stopped by SIGTERM at an iteration nobody chose """
-    args = [*TINY, f'--dataset={corpus}', '--ema=0.9', '--dropout=0.1', f'--optimizer={optimizer}', f'--objective={objective}', '--max_iters=60', '--eval_interval=20',
+    args = [*TINY, f'--dataset={corpus}', '--ema=0.9', '--dropout=0.1', f'--optimizer={optimizer}', f'--objective={objective}', '--max_iters=60', '--eval_interval=20', '--log_interval=4',
             '--gradient_accumulation_steps=2', '--scoreboard_windows=0']
     run('train.py', *args, f'--out_dir={tmp_path}/whole')
     part = subprocess.Popen([sys.executable, 'train.py', *args, f'--out_dir={tmp_path}/part'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                             env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for line in part.stdout:
-        if line.startswith('iter 7/'):
+        if line.startswith('iter 8/'):
             part.send_signal(signal.SIGTERM)
     assert part.wait() == 0
     at = torch.load(tmp_path / 'part' / 'ckpt_latest.pt', weights_only=True)['iteration']
-    assert 7 <= at < 60
+    assert 8 <= at < 60
     run('train.py --init_from=resume', f'--out_dir={tmp_path}/part') # the run's own settings
     assert log_of(tmp_path / 'part') == log_of(tmp_path / 'whole')
     a, b = (torch.load(tmp_path / name / 'ckpt_latest.pt', weights_only=True) for name in ('part', 'whole'))
@@ -172,7 +172,7 @@ def test_two_processes(corpus, tmp_path):
 @pytest.mark.parametrize('args, sentence', [
     ('--objective=arr', "expected one of ar"), ('--norm=batchnorm', 'expected one of rmsnorm'), ('--attention=full', 'works with attention causal'),
     ('--optimizer=sgd', 'expected adamw or muon'), ('--decay=cubic', 'expected linear, cosine'), ('--dtype=float8', 'expected auto or one of'),
-    ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch or resume'), ('--batch_size=0', 'at least 1'),
+    ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch or resume'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
     ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
     ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
 ])
