@@ -11,6 +11,7 @@ BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573).
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -119,14 +120,13 @@ def attend(q, k, v, mask, dropout_p=0.0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     from torch.nn.attention.flex_attention import flex_attention
     assert dropout_p == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa"
-    flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled(flex_attention)
+    flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled(flex_attention)
     return flex(q, k, v, block_mask=mask)
 
-def _compiled(fn, cache={}):
+@functools.cache
+def compiled(fn):
     """ FlexAttention is only fast (and only saves memory) when compiled; once per process is enough """
-    if fn not in cache:
-        cache[fn] = torch.compile(fn)
-    return cache[fn]
+    return torch.compile(fn)
 
 class Cache:
     """
@@ -785,7 +785,7 @@ class MDLM(Denoiser):
         n noise levels in (0, 1]. Stratified, one in each n-th of the interval, or the loss would mostly show which levels were drawn;
         in random order, or level and position would go together.
         """
-        t = 1 - (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
+        t = (torch.randperm(n, device=device) + (1 - torch.rand(n, device=device))) / n # never 0, however many
         if self.config.t_dist == 'bell':
             t = 0.5 - torch.sin(torch.asin((1 - 2 * t).clamp(-1, 1)) / 3) # the inverse of 3 t^2 - 2 t^3, Beta(2, 2)'s distribution
         return self.config.t_min + (self.config.t_max - self.config.t_min) * t
@@ -918,6 +918,10 @@ class BD3LM(MDLM):
         targets = targets if self.lead else targets[:, 1:]
         return F.cross_entropy(self.logits(clean).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum') / \
             (targets != -1).sum().clamp(min=1)
+
+    def flops_per_token(self):
+        """ two streams, less the last layer of the clean one where nobody needs it """
+        return super().flops_per_token() * (2 - (self.config.ar_weight == 0) / self.config.n_layer)
 
     def views(self):
         """ with clean_causal the same weights are a GPT """

@@ -121,7 +121,7 @@ def test_bound_and_training_loss_are_unbiased(kind):
     else: # k-stratified estimates vary less than levels drawn freely
         free = torch.stack([model.nll_bound(x, x, 1)[0][0, 0] for _ in range(2000)])
         together = torch.stack([model.nll_bound(x, x, 4)[0].mean() for _ in range(500)])
-        assert together.var() < free.var() / 4 * 1.05
+        assert together.var() < free.var() / 4 * 0.8 # four free ones would have a quarter
 
 @torch.no_grad()
 def test_block_size_one_is_the_chain_rule():
@@ -256,6 +256,44 @@ def test_order_likelihood_sums_to_one_and_is_its_definition(kind, order):
     if order == 'left_to_right' and kind[1].get('diffusion_block_size') == 1:
         assert torch.allclose(nats.double(), model.nll_bound(x, x)[0][:, 0], atol=1e-5)
 
+@torch.no_grad()
+def test_an_order_takes_one_token_per_block_and_pass(monkeypatch):
+    """ all blocks at once, and where all values tie, by position """
+    model = build('bd3lm', diffusion_block_size=3)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    seen, plain = [], model.denoise
+    monkeypatch.setattr(model, 'denoise', lambda xt, x0, ids=None: seen.append((xt == 7)[0].int().tolist()) or plain(xt, x0, ids))
+    nats, _ = model.nll_order(x := torch.randint(5, (2, 8)), x, 'confidence')
+    assert seen == [[1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 1, 0, 0]]
+    assert torch.allclose(nats, torch.full((2,), 8 * math.log(5), dtype=torch.double))
+
+@torch.no_grad()
+def test_losses_are_per_scored_token_and_levels_never_zero():
+    """ with half the tokens unscored the loss is still nats per scored token; t in (0, 1], or 1/t would be infinite """
+    x = torch.randint(5, (2, 8))
+    targets = x.clone()
+    targets[:, 4:] = -1
+    for objective, more in [('mdlm', {}), ('bd3lm', dict(diffusion_block_size=2)), ('bd3lm', dict(diffusion_block_size=1, clean_causal=True, ar_weight=1.0))]:
+        model = build(objective, **more)
+        torch.nn.init.zeros_(model.lm_head.weight) # every prediction costs ln 5, whatever is hidden
+        losses = torch.stack([model(x, targets)[1] for _ in range(2000)])
+        error = losses.std().item() / math.sqrt(2000)
+        expected = math.log(5) * (1 + (more.get('ar_weight', 0) * 3 / 3)) # without a begin id ar scores 3 of the 4
+        assert abs(losses.mean().item() - expected) < 4 * error + 1e-9
+        nats, scored = model.nll_bound(x, targets, 4)
+        assert scored.tolist() == [4, 4] and torch.allclose(nats, torch.full_like(nats, 4 * math.log(5)))
+    assert model.sample_t(3_000_000).min() > 0
+
+@torch.no_grad()
+def test_masks_are_kept_per_length():
+    for kind, more in [('mdlm', dict(attention='block', diffusion_block_size=3)), ('bd3lm', dict(diffusion_block_size=3))]:
+        x = torch.randint(5, (1, 8))
+        used, fresh = build(kind, **more), build(kind, **more)
+        used.denoise(x, x)
+        for T in 6, 5: # 6 and 5 tokens have the same clean part, but not the same rows
+            assert torch.allclose(used.denoise(x[:, :T], x[:, :T]), fresh.denoise(x[:, :T], x[:, :T]), atol=1e-10)
+            fresh._masks.clear()
+
 # ---- streams
 
 def one_stream_logits(model, xt, s, e):
@@ -374,6 +412,7 @@ def test_denoise_scores_what_the_provider_asks_for():
     assert model.generate(corrupted.masked_fill(targets != -1, -1), 0).max() < 5
 
 @every_kind
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
 @torch.no_grad()
 def test_flex_and_dense_masks_agree(kind):
     """ the attention of training and of generation through FlexAttention's masks """
@@ -491,6 +530,44 @@ def test_the_plan_covers_every_gap_once():
     assert sum(steps) == 19 and max(steps) - min(steps) <= 1
     plan = build('mdlm', diffusion_block_size=2).plan(unknown, None, 'first_hitting') # the row is one block
     assert plan == [(0, 8, [(0, 8, None)]), (4, 12, [(0, 8, None)]), (8, 16, [(0, 8, None)]), (12, 20, [(0, 8, None)]), (16, 21, [(0, 5, None)])]
+
+@pytest.mark.parametrize('block', [1, 2, 3])
+@torch.no_grad()
+def test_a_stop_is_the_end_of_its_row_only(block):
+    """ after a row's first own stop come only stops; other rows go on, and read what stands there """
+    model = build('bd3lm', diffusion_block_size=block)
+    torch.manual_seed(0)
+    prompt, calls = torch.randint(5, (6, 2)), []
+    out = model.generate(prompt, 14, stop=3, temperature=3.0, on_step=lambda step, idx, probs, state: calls.append(idx.clone()))
+    assert out.min() >= 0 and torch.equal(out[:, :2], prompt)
+    lengths = [row.index(3) if 3 in row else 14 for row in out[:, 2:].tolist()]
+    assert all(set(row[n:]) <= {3} for row, n in zip(out[:, 2:].tolist(), lengths)) and len(set(lengths)) > 2
+    assert (calls[-1][lengths.index(max(lengths))] != -1).sum() > (calls[0][0] != -1).sum()
+
+@torch.no_grad()
+def test_block_ids_from_the_batch_are_those_of_the_config():
+    """ the same ids sent by a provider, for every row alike, change nothing; other ids do """
+    x = torch.randint(5, (3, 8))
+    for objective in 'mdlm', 'bd3lm':
+        model = build(objective, attention='hierarchical', segments='2,2,4', begin_id=6 if objective == 'bd3lm' else None)
+        sent = model.ids.expand(3, -1)
+        for f in (lambda ids: model(x, x, ids)[1], lambda ids: model.logits(model.denoise(x, x, ids)), lambda ids: model.nll_bound(x, x, 2, ids)[0].mean() * 0):
+            torch.manual_seed(4)
+            a = f(None)
+            torch.manual_seed(4)
+            b = f(sent)
+            assert a.shape == b.shape and (a.dim() == 0 or torch.allclose(a, b, atol=1e-9))
+        other = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]).expand(3, -1)
+        assert not torch.allclose(model.logits(model.denoise(x, x, sent)), model.logits(model.denoise(x, x, other)))
+
+def test_metrics_say_how_much_was_hidden():
+    """ a model that sees the answer in its neighbours: the more is hidden, the fewer it gets """
+    model, x = build('mdlm', block_size=64), torch.zeros(8, 64, dtype=torch.long)
+    hidden = []
+    model.denoise = lambda xt, x0, ids=None: hidden.append((xt == 7).double().mean().item()) or torch.zeros(8, 64, 16, dtype=torch.double)
+    found = model.metrics(x, x)
+    assert list(found) == ['accuracy_15_hidden', 'accuracy_50_hidden', 'accuracy_85_hidden']
+    assert all(abs(h - level) < 0.08 for h, level in zip(hidden, (0.15, 0.5, 0.85)))
 
 @torch.no_grad()
 def test_greedy_rows_do_not_depend_on_their_batch():

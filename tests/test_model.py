@@ -2,12 +2,13 @@
 Laws of the network and of the attention rule. They hold for random weights, so nothing here trains for long.
 """
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, Cache, attend, block_ids, dense_mask, draw, mask_mod, token_probs
+from model import GPT, GPTConfig, Cache, attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
 SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='rmsnorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
@@ -65,6 +66,7 @@ def test_a_batch_of_block_ids_and_invisible_padding():
         assert torch.equal(m[0], dense_mask(row))
     assert not mask[1, 0, :3, 3].any()
 
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
 def test_flex_attention_agrees_with_sdpa():
     from torch.nn.attention.flex_attention import create_block_mask
     ids, noisy = block_ids('block', 24, 5).repeat(2), torch.arange(48) < 24
@@ -124,6 +126,13 @@ def test_rope_depends_on_distance_only():
     x = torch.randn(1, 6, 16)
     near, far = (model.trunk(x, torch.arange(n, n + 6), 'causal') for n in (0, 30))
     assert torch.allclose(near, far, atol=1e-5) and not torch.allclose(near, model.trunk(x, torch.arange(6) * 2, 'causal'), atol=1e-2)
+
+def test_rope_turns_pairs_by_position_times_frequency():
+    """ against complex multiplication: pair i turns by position * 10000^(-i / pairs) """
+    table, x = rope_table(GPTConfig(block_size=50, n_head=2, n_embd=16)), torch.randn(50, 8)
+    angle = torch.arange(50.0)[:, None] * 10000 ** (-torch.arange(4.0) / 4)
+    turned = torch.complex(x[:, :4], x[:, 4:]) * torch.polar(torch.ones(50, 4), angle)
+    assert torch.allclose(rotate(x, *table), torch.cat((turned.real, turned.imag), 1), atol=1e-4)
 
 def test_ids_that_no_text_contains_cannot_be_predicted():
     model = gpt(text_size=8, begin_id=9)
@@ -193,6 +202,8 @@ def test_rows_with_prompts_of_different_lengths():
     for p, row in zip(prompts, together):
         alone = model.generate(p, 11 - p.size(1), temperature=0)
         assert torch.equal(alone[0], row)
+    padded[0, 0], stop = 4, int(prompts[2][0, 3]) # a stop within a longer prompt ends nothing
+    assert torch.equal(model.generate(padded, 1, temperature=0, stop=stop)[2, :7], prompts[2][0])
     with pytest.raises(AssertionError, match='gap'):
         model.generate(torch.tensor([[1, -1, 2]]), 1)
     with pytest.raises(AssertionError, match='begin id'):
@@ -217,6 +228,7 @@ def test_token_probs():
     assert (token_probs(logits, top_k=2) > 0).tolist() == [[True, True, False, False]]
     crossing = p[0, 0].item() + 0.01 # the token that crosses p stays
     assert (token_probs(logits, top_p=crossing) > 0).tolist() == [[True, True, False, False]]
+    assert token_probs(logits, top_p=crossing).sum() == 1
     assert torch.allclose(token_probs(logits, top_p=1.0), p) and token_probs(logits, top_p=1e-6).argmax() == 0
     torch.manual_seed(0)
     counts = torch.bincount(draw(p.expand(40000, 4)), minlength=4) / 40000
@@ -262,3 +274,64 @@ def test_wrong_settings_end_in_a_sentence():
         gpt()(torch.zeros(1, 13, dtype=torch.long))
     with pytest.raises(AssertionError, match='expected adamw or muon'):
         gpt().configure_optimizers('sgd')
+
+# ---- numbers that are reported
+
+def test_score_is_the_mean_over_tokens_with_two_errors():
+    """ rows of unequal length count by their tokens; the errors are those of the mean over samples and over rows """
+    class Fake:
+        bound_name = measured = 'nelbo'
+        def nll_bound(self, nats, scored, n_samples):
+            return nats, scored
+    nats = torch.tensor([[4.0, 6.0], [9.0, 11.0], [20.0, 20.0]])
+    scored = torch.tensor([5, 10, 10])
+    found = score(Fake(), [dict(nats=nats[:2], scored=scored[:2]), dict(nats=nats[2:], scored=scored[2:])], 2)
+    assert abs(found['nats_per_token'] - 35 / 25) < 1e-12 and abs(found['perplexity'] - math.exp(1.4)) < 1e-9
+    assert abs(found['stderr_monte_carlo'] - math.sqrt((2 + 2 + 0) / 2) / 25) < 1e-12 # variances 2, 2, 0 of two samples each
+    means = torch.tensor([1.0, 1.0, 2.0])
+    assert abs(found['stderr_windows'] - means.std().item() / math.sqrt(3)) < 1e-6
+    assert (found['windows'], found['tokens'], found['samples_per_window'], found['exact']) == (3, 25, 2, False)
+
+def test_gpt2_init_optimizer_rates_and_flops():
+    torch.manual_seed(0)
+    big = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=8, n_head=4, n_embd=128, **{**NANOGPT, 'pos': 'rope'}))
+    for name, p in big.named_parameters():
+        if p.dim() == 2: # what a layer adds shrinks with depth
+            assert abs(p.std().item() / (0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02) - 1) < 0.1
+    adamw, muon = big.configure_optimizers('muon', learning_rate=1e-3, muon_learning_rate=3e-2, weight_decay=0.2)
+    assert [(g['lr'], g['weight_decay']) for g in adamw.param_groups + muon.param_groups] == [(1e-3, 0.2), (1e-3, 0.0), (3e-2, 0.2)]
+    body = sum(p.numel() for p in big.parameters()) # tied: the one matrix multiplies in the head
+    assert big.flops_per_token() == 6 * body + 12 * 8 * 128 * 8
+    assert big.estimate_mfu(1000, 2000 * big.flops_per_token()) == 0.5
+
+def test_queries_and_keys_are_normalised():
+    """ so their scale is lost, which it is not without qk_norm """
+    for normalised in True, False:
+        model = gpt(qk_norm=normalised, n_layer=1).double()
+        x = torch.randn(1, 6, 16, dtype=torch.double)
+        before = model.trunk(x, torch.arange(6), 'causal')
+        with torch.no_grad():
+            model.transformer.h[0].attn.c_attn.weight[:32] *= 100
+        assert torch.allclose(before, model.trunk(x, torch.arange(6), 'causal'), atol=1e-4) == normalised
+
+def test_dropout_acts_in_every_place():
+    """ embedding, attention weights, both outputs: with p near 1 each alone wipes out what passes """
+    idx = torch.randint(11, (1, 12))
+    quiet = gpt()
+    for place in quiet, quiet.transformer.h[0].attn, quiet.transformer.h[0].mlp:
+        model = gpt().train()
+        twin = dict(zip(quiet.modules(), model.modules()))[place]
+        twin.dropout = 0.99
+        assert not torch.allclose(model(idx)[0], quiet(idx)[0])
+    q = torch.randn(1, 1, 4, 8)
+    for mask in 'causal', torch.ones(4, 4).bool():
+        assert not torch.equal(attend(q, q, q, mask, 0.9), attend(q, q, q, mask, 0.9))
+
+def test_checkpoints_give_the_weights_asked_for(tmp_path):
+    model = gpt()
+    ema = {k: v * 2 for k, v in model.state_dict().items()}
+    torch.save({'format': 1, 'objective': 'ar', 'config': asdict(model.config), 'model': model.state_dict(), 'ema': ema}, tmp_path / 'c.pt')
+    raw, average = (load_checkpoint(tmp_path / 'c.pt', weights=w)[0] for w in ('raw', 'ema'))
+    assert torch.equal(raw.lm_head.weight * 2, average.lm_head.weight) and not raw.training
+    with pytest.raises(ValueError, match='cannot be read as ar'):
+        load_checkpoint(tmp_path / 'c.pt', view='ar')
