@@ -174,7 +174,7 @@ def test_a_ratio_per_token_hides_half_and_is_no_bound():
 @pytest.mark.parametrize('batch', [1, 3, 16])
 def test_noise_levels_are_uniform_for_every_row_and_block(batch):
     """ P4: marginally U(0, 1] whatever the batch, one per stratum within it, and hidden tokens follow them """
-    model, n = build('bd3lm', diffusion_block_size=2), 4000
+    model, n = build('bd3lm', diffusion_block_size=2), 10000
     torch.manual_seed(0)
     t = torch.stack([model.sample_t(batch * 4) for _ in range(n)]).view(n, batch, 4)
     assert t.min() > 0 and t.max() <= 1
