@@ -172,7 +172,7 @@ def test_two_processes(corpus, tmp_path):
 @pytest.mark.parametrize('args, sentence', [
     ('--objective=arr', "expected one of ar"), ('--norm=batchnorm', 'expected one of rmsnorm'), ('--attention=full', 'works with attention causal'),
     ('--optimizer=sgd', 'expected adamw or muon'), ('--decay=cubic', 'expected linear, cosine'), ('--dtype=float8', 'expected auto or one of'),
-    ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch or resume'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
+    ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch, resume'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
     ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
     ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
 ])
@@ -201,16 +201,20 @@ def test_readme_commands(tmp_path):
     for name in sorted(os.listdir(os.path.join(ROOT, 'config'))):
         text += open(os.path.join(ROOT, 'config', name)).read()
     commands = set(re.findall(r'python ((?:train|sample|prepare)\.py\b[^\n#`&|]*)', text))
-    trains = sorted(c.strip() for c in commands if c.startswith('train.py') and not re.search('resume|eval_only|--help', c))
+    trains = sorted(re.sub(r'--gradient_acc\S+', '', c).strip() for c in commands if c.startswith('train.py') and not re.search('resume|eval_only|--help', c))
     assert trains
     book = tmp_path / 'book.txt'
     book.write_text('All work and no play\nmakes a dull text. ' * 100)
     prepare.prepare('text', str(tmp_path / 'data'), 'byte', input=str(book))
-    seen = set()
-    for i, command in enumerate(trains):
-        out = tmp_path / str(i)
-        run(command, *TINY, '--max_iters=2', '--scoreboard_windows=2', f'--dataset={tmp_path}/data', f'--out_dir={out}')
-        run('train.py --init_from=resume --max_iters=3', f'--out_dir={out}')
+    runs = {}
+    for i, command in enumerate(trains): # what it would call its folder, and where it is here
+        config = re.search(r'config/\w+\.py', command)
+        source = command + open(os.path.join(ROOT, config[0])).read() if config else command
+        name = re.search(r"out_dir ?= ?'?([\w-]+)", source)[1]
+        runs[name] = tmp_path / str(i)
+        run(command, *TINY, '--max_iters=2', '--scoreboard_windows=2', f'--dataset={tmp_path}/data', f'--out_dir={runs[name]}')
+    run('train.py --init_from=resume --max_iters=3', f'--out_dir={runs[name]}')
     for command in sorted(c.strip() for c in commands if c.startswith('sample.py')):
+        name = re.search(r'--out_dir=([\w-]+)', command)[1]
         command = re.sub(r'--start=("[^"]*"|\S+)', '--start=All', command)
-        run(command, '--max_new_tokens=5', f'--out_dir={out}')
+        run(command, '--max_new_tokens=5', f'--out_dir={runs[name]}')
