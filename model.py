@@ -119,6 +119,7 @@ def attend(q, k, v, mask, dropout_p=0.0):
     if torch.is_tensor(mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     from torch.nn.attention.flex_attention import flex_attention
+    assert q.is_cuda or not q.requires_grad, "FlexAttention has no backward pass on this device: use attn_backend=sdpa"
     assert dropout_p == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa"
     flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled(flex_attention)
     return flex(q, k, v, block_mask=mask)
@@ -563,7 +564,8 @@ class Denoiser(GPT):
         assert c.mask_id is not None, f"{name} needs mask_id, the id that a hidden token reads as"
         assert 0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]"
         assert c.ar_weight == 0 or c.clean_causal, "ar_weight needs clean_causal=True: else a clean token sees the next one"
-        segments = [int(n) for n in c.segments.split(',')] if c.segments else None
+        segments = [int(n) if n.strip().isdigit() else 0 for n in c.segments.split(',')] if c.segments else None
+        assert segments is None or len(segments) > 1 and min(segments) > 0, f"segments is {c.segments!r}, expected lengths like 32,32,64"
         cut = c.diffusion_block_size if c.attention == 'block' or self.two_streams else None
         self.register_buffer('ids', block_ids(c.attention, c.block_size, cut, segments), persistent=False)
         self.id_list = self.ids.tolist() # for decisions that must not wait for a device
@@ -600,6 +602,7 @@ class Denoiser(GPT):
     def one_stream(self, xt, block_ids=None):
         """ xt (B, T), hidden or not, sees itself through the attention pattern -> (B, T, C) """
         T, pos = xt.size(1), torch.arange(xt.size(1), device=xt.device)
+        assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
         if block_ids is not None:
             mask = self.mask(block_ids)
         elif self.id_list[T - 1] == 0:
@@ -614,6 +617,7 @@ class Denoiser(GPT):
         clean_too: the states of the clean rows follow, those of begin, x0[:, :-1].
         """
         T, lead = xt.size(1), self.lead
+        assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
         ids = self.ids[:T] if block_ids is None else block_ids
         # nobody looks at the clean copy of the last block, and the last token is nobody's past
         n = T - 1 if clean_too or block_ids is not None else self.id_list.index(self.id_list[T - 1])
@@ -751,7 +755,7 @@ class Denoiser(GPT):
         if cache is None: # the row is denoised as a whole
             return self.one_stream(text)
         row = torch.arange(len(ids), device=text.device)
-        mask = 'full' if first == s else self.mask(ids, row >= s, row[first:])
+        mask = 'full' if first == s else dense_mask(ids, row >= s, self.config.clean_causal, row[first:]) # a new shape each time
         x = self.trunk(self.embed(text, row[first:]), row[first:], mask, cache)
         cache.keep(s - first)
         return x
@@ -805,20 +809,21 @@ class MDLM(Denoiser):
     def nelbo(self, x, targets, masked, t, block_ids=None):
         """ states x (B, T, C) -> logits of the rows that count and the loss: nats per scored token """
         groups, _ = self.groups(targets, block_ids)
-        rows = masked.flatten().int().argsort(descending=True, stable=True)[:self.enough_rows(*masked.shape)]
+        rows = masked.flatten().int().argsort(descending=True, stable=True)[:self.enough_rows(*masked.shape, block_ids)]
         logits, ce = self.ce(x, targets, rows)
         # 1/t: a token is hidden with probability t, so this undoes how rarely we ask about it
         weight = 1 / t if self.config.single_ratio_per_sequence else torch.full_like(t, 2 / (self.config.t_min + self.config.t_max))
         return logits, (ce * (weight * masked).flatten()[rows]).sum() / self.scored(targets, groups).sum().clamp(min=1)
 
-    def enough_rows(self, B, T):
+    def enough_rows(self, B, T, block_ids=None):
         """ a fixed number of rows, so that nothing waits for the device, that holds all masked ones but once in 10^9 steps """
         c, G = self.config, B * (self.id_list[T - 1] + 1 if self.blockwise else 1)
-        if not c.single_ratio_per_sequence or self.two_streams and c.diffusion_block_size == 1:
-            variance, mean = 0, 1.0 if c.single_ratio_per_sequence else (c.t_min + c.t_max) / 2
-        else: # stratified levels of equal groups hardly vary; unequal groups count as if they were drawn freely
-            variance, mean = 1 / (12 * G ** 3) if c.attention != 'hierarchical' else 1 / G, (c.t_min + c.t_max) / 2
-        return min(B * T, math.ceil(B * T * (mean + 6 * math.sqrt(variance + 0.25 / (B * T)))))
+        equal = T % (G // B) == 0 and self.id_list[:T].count(self.id_list[T - 1]) * (G // B) == T if self.blockwise else True
+        if block_ids is not None or self.two_streams and c.diffusion_block_size == 1:
+            return B * T
+        # a level per token averages out; stratified levels of equal groups hardly vary; those of unequal ones count as if drawn freely
+        variance = 0 if not c.single_ratio_per_sequence else 1 / (12 * G ** 3) if equal else 1 / G
+        return min(B * T, math.ceil(B * T * ((c.t_min + c.t_max) / 2 + 6 * math.sqrt(variance + 0.25 / (B * T)))))
 
     def forward(self, idx, targets=None, block_ids=None):
         if targets is None:
@@ -953,8 +958,9 @@ def score(model, batches, n_samples=1):
         scored.append(s.double().cpu())
     nats, scored = torch.cat(nats), torch.cat(scored) # (rows, samples), (rows,)
     tokens, rows, n = scored.sum().item(), len(nats), nats.size(1)
-    value, means = nats.mean(1).sum().item() / tokens, nats.mean(1) / scored
-    return {'name': model.measured, 'exact': exact, 'nats_per_token': value, 'perplexity': math.exp(min(value, 700.0)),
+    value, means = nats.mean(1).sum().item() / tokens, nats.mean(1) / scored.clamp(min=1)
+    sign = '=' if exact else '<=' if model.bound_name else 'is no bound:'
+    return {'name': model.measured, 'exact': exact, 'sign': sign, 'nats_per_token': value, 'perplexity': math.exp(min(value, 700.0)),
             'stderr_monte_carlo': (nats.var(1).sum() / n).sqrt().item() / tokens if n > 1 else 0.0,
             'stderr_windows': means.std().item() / math.sqrt(rows) if rows > 1 else 0.0,
             'windows': rows, 'tokens': int(tokens), 'samples_per_window': n}

@@ -56,8 +56,8 @@ qk_norm = True # layernorm without parameters on queries and keys
 tie_weights = False # one matrix for embedding and head
 init = 'zero' # zero | gpt2: how output projections start
 attention = None # causal | full | block | hierarchical; None: the objective's own default
-diffusion_block_size = 16 # tokens per block; block_size is the whole context. None: segments of a hierarchy stay whole
-segments = None # lengths of a hierarchy, the question first: 32,32,64
+diffusion_block_size = 16 # tokens per block; block_size is the whole context. 0: segments of a hierarchy stay whole
+segments = '' # lengths of a hierarchy, the question first: 32,32,64
 t_min = 0.0 # noise levels that training draws; bounds always use all of (0, 1]
 t_max = 1.0
 t_dist = 'uniform' # uniform | bell
@@ -87,10 +87,10 @@ log_interval = 10 # iterations between lines
 eval_interval = 250 # iterations between evaluations
 eval_iters = 20 # batches of random windows per split and evaluation, always the same ones
 bound_samples = 4 # corruptions per text where the likelihood is a Monte Carlo bound
-scoreboard_windows = None # at the end, score so many non-overlapping windows of val; None: all, 0: no scoreboard
+scoreboard_windows = -1 # at the end, score so many non-overlapping windows of val; -1: all, 0: no scoreboard
 wandb_log = False # Weights & Biases, if installed
 wandb_project = 'text-diffusion'
-wandb_tags = None # comma-separated
+wandb_tags = '' # comma-separated
 # checkpoints
 ckpt_interval = 0 # iterations between checkpoints; 0: at every evaluation
 ckpt_epochs = 0.0 # epochs between checkpoints; if set, it decides ckpt_interval
@@ -137,6 +137,7 @@ if resume: # the run's own settings, then what this command line says
             saved = json.load(f)
     except (OSError, ValueError) as e:
         fail(f"there is no run to resume in {out_dir}: {inside('settings.json')} cannot be read ({e})")
+    saved |= {k: config[k] for k in ('out_dir', 'init_from', 'ckpt', 'eval_only')} # of this command, not of the run
     config = configure({k: saved.get(k, v) for k, v in config.items()})
     globals().update(config)
 elif os.path.exists(inside('settings.json')):
@@ -182,12 +183,12 @@ try:
     kind = objectives[objective]
     known = config | corpus.meta
     shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
-    shape |= {'begin_id': corpus.meta['begin_id'] if begin else None, 'attention': attention or kind.attentions[0]}
+    shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or kind.attentions[0])
+    shape['diffusion_block_size'] = diffusion_block_size or None
     raw_model = kind(models.GPTConfig(**shape)).to(device)
     for split in 'train', 'val': # what is wrong with a row is better said now than at the first evaluation
         next(corpus.windows(split, 1, raw_model.row_length))
-    optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate, weight_decay,
-                                                (beta1, beta2))
+    optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 except (PrepareError, AssertionError) as e:
     fail(e)
 tokens_per_iter = gradient_accumulation_steps * batch_size * raw_model.config.block_size
@@ -200,7 +201,6 @@ ckpt_interval = ckpt_interval or eval_interval
 for group in (group for opt in optimizers for group in opt.param_groups):
     group['peak_lr'] = group['lr']
 iteration, best = 0, math.inf
-
 if resume or init_from != 'scratch':
     path = init_from if not resume else inside(f'ckpt_{ckpt}.pt') if ckpt in ('latest', 'best') else ckpt
     try:
@@ -210,16 +210,15 @@ if resume or init_from != 'scratch':
         fail(e)
     except RuntimeError as e:
         fail(f"the weights of {path} do not fit this model: {' '.join(str(e).split())[:300]}")
-ema_weights = {k: v.detach().clone() for k, v in raw_model.state_dict().items()} if ema > 0 else None
 if resume:
     free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight') # of training, not of the weights
     differ = [k for k, v in asdict(raw_model.config).items() if k not in free and state['config'].get(k) != v]
     if differ or state['objective'] != objective:
         fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
              f"resume with the run's own settings, or start anew in another --out_dir")
+    if len(optimizers) != len(state['optimizers']):
+        fail(f"{path} was trained with another optimizer than {optimizer}: leave --optimizer as it was, or start anew with --init_from={path}")
     raw_model.load_state_dict(state['model'])
-    if ema_weights is not None and state['ema']:
-        ema_weights = {k: v.to(device) for k, v in state['ema'].items()}
     for opt, saved in zip(optimizers, state['optimizers']): # its moments; rates and decay are this command line's
         asked = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
         opt.load_state_dict(saved)
@@ -229,6 +228,8 @@ if resume:
     iteration, best = state['iteration'], state['best']
     say(f"resumed {path}: iteration {iteration}, best {raw_model.measured} {best:.4f}")
 
+averaged = state['ema'] if resume and state['ema'] else raw_model.state_dict()
+ema_weights = {k: v.detach().clone().to(device) for k, v in averaged.items()} if ema > 0 else None
 say(f"{objective} on {dataset}: {raw_model.n_params() / 1e6:.2f}M parameters, attention {raw_model.config.attention}, "
     f"{tokens_per_iter:,} tokens per iteration, {max_iters:,} iterations = {max_iters * epochs_per_iter:.2f} epochs, "
     f"{device} {dtype}{f' x {world}' if world > 1 else ''}")
@@ -284,7 +285,7 @@ def random_windows(model, split):
 def every_window(model):
     """ the scoreboard: every non-overlapping window of the validation split, nothing from outside the window as context """
     there, shown = corpus.n_windows('val', model.row_length), time.time()
-    total = min(there, scoreboard_windows or there)
+    total = min(there, scoreboard_windows) if scoreboard_windows > 0 else there
     for i, batch in enumerate(corpus.windows('val', batch_size, model.row_length, total)):
         reseed(2 ** 31 + 1, i)
         if time.time() - shown > 10:
@@ -313,10 +314,9 @@ def write_results():
                 board, windows = models.score(model, every_window(model), bound_samples), random_windows(model, 'val')
                 board['protocol'] = f"non-overlapping windows of {model.row_length} tokens of val, {corpus.n_windows('val', model.row_length):,} in all"
                 results['weights'][weights + suffix] = {'scoreboard': board, 'random_windows': windows}
-                sign = '=' if board['exact'] else '<='
-                say(f"{weights} weights{suffix.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {sign} "
+                say(f"{weights} weights{suffix.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {board['sign']} "
                     f"{board['nats_per_token']:.4f} nats/token (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
-                    f"+- {board['stderr_windows']:.4f} windows), perplexity {sign} {board['perplexity']:.3f}; "
+                    f"+- {board['stderr_windows']:.4f} windows), perplexity {board['perplexity']:.3f}; "
                     f"by nanoGPT's random windows {windows:.4f}")
     write_json('results.json', results)
 
@@ -330,8 +330,8 @@ if eval_only:
 # ---- the run remembers itself
 
 def commit():
-    git = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD']
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD']
         return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
 
 log_rows, log_columns = [], []
@@ -371,7 +371,7 @@ if wandb_log and master:
         import wandb
     except ImportError:
         fail("wandb_log=True needs Weights & Biases: pip install wandb, or leave it off; log.csv has the same numbers")
-    wandb.init(project=wandb_project, name=out_dir, config=config, tags=wandb_tags and wandb_tags.split(','))
+    wandb.init(project=wandb_project, name=out_dir, config=config, tags=wandb_tags.split(',') if wandb_tags else None)
 
 # ---- the loop
 

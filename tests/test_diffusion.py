@@ -218,6 +218,9 @@ def test_enough_rows_hold_every_hidden_token(kind):
     model, x = build(kind[0], dtype=torch.float, **kind[1]), torch.randint(5, (32, 8))
     for _ in range(500):
         assert model.corrupt(x, x)[1].sum() <= model.enough_rows(32, 8)
+    for T, n in (64, 63), (128, 100): # unequal blocks
+        model, x = build('bd3lm', block_size=T, diffusion_block_size=n), torch.randint(5, (4, T))
+        assert max(model.corrupt(x, x)[1].sum() for _ in range(500)) <= model.enough_rows(4, T)
     model = build('mdlm', block_size=8)
     assert model.enough_rows(512, 8) < 0.7 * 512 * 8 # and not simply all of them
 

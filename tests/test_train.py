@@ -63,7 +63,7 @@ def test_a_run_leaves_what_it_was(trained):
     nats = sum(model.nll_bound(*map(torch.from_numpy, b.values()))[0].sum().item() for b in corpus.windows('val', 1, 16))
     assert abs(nats / (16 * corpus.n_windows('val', 16)) - board['nats_per_token']) < 1e-5
     assert not torch.equal(model.lm_head.weight, models.load_checkpoint(out / 'ckpt_latest.pt', weights='raw')[0].lm_head.weight)
-    assert 'tok/s' in text and 'eta' in text and 'perplexity =' in text
+    assert 'tok/s' in text and 'eta' in text and 'nll =' in text
 
 def test_same_seed_same_loss_and_another_seed_another(trained, corpus, tmp_path):
     run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/a', '--ema=0.9', '--scoreboard_windows=0')
@@ -208,9 +208,8 @@ def test_readme_commands(tmp_path):
     prepare.prepare('text', str(tmp_path / 'data'), 'byte', input=str(book))
     runs = {}
     for i, command in enumerate(trains): # what it would call its folder, and where it is here
-        config = re.search(r'config/\w+\.py', command)
-        source = command + open(os.path.join(ROOT, config[0])).read() if config else command
-        name = re.search(r"out_dir ?= ?'?([\w-]+)", source)[1]
+        config = open(os.path.join(ROOT, re.search(r'config/\w+\.py', command)[0])).read()
+        name = (re.search(r'--out_dir=([\w-]+)', command) or re.search(r"^out_dir = '([\w-]+)", config, re.M))[1]
         runs[name] = tmp_path / str(i)
         run(command, *TINY, '--max_iters=2', '--scoreboard_windows=2', f'--dataset={tmp_path}/data', f'--out_dir={runs[name]}')
     run('train.py --init_from=resume --max_iters=3', f'--out_dir={runs[name]}')

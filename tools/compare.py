@@ -19,7 +19,6 @@ ckpt = 'latest' # latest | best, for --orders
 orders = 0 # windows per run; 0: none. A pass per token of a block
 batch_size = 16
 output = '' # write the table there as JSON too
-seed = 1337
 
 def read_results(folder):
     try:
@@ -69,14 +68,13 @@ def main():
           *(f' {name} |' for name in names), sep='')
     print('|---' * (9 + len(names)) + '|')
     for row in sorted(table, key=lambda row: row['nats_per_token']):
-        sign = '=' if row['exact'] else '<='
         found = [row.get('orders', {}).get(name) for name in names]
         print(f"| {row['run']} | {row['objective']}, {row['reading'].replace('_', ' ')} | {row['parameters'] / 1e6:.2f}M | {row['train_tokens_seen'] / 1e6:.1f}M "
-              f"| {row['name']} {sign} {row['nats_per_token']:.4f} | {row['stderr_monte_carlo']:.4f} | {row['stderr_windows']:.4f} "
-              f"| {sign} {row['perplexity']:.2f} | {row['random_windows']:.4f} |",
+              f"| {row['name']} {row['sign']} {row['nats_per_token']:.4f} | {row['stderr_monte_carlo']:.4f} | {row['stderr_windows']:.4f} "
+              f"| {row['perplexity']:.2f} | {row['random_windows']:.4f} |",
               *(f" {v[0]:.3f} +- {v[1]:.3f} |" if v else ' |' for v in found), sep='')
-    if len({(row['windows'], row['protocol']) for row in table}) > 1:
-        print("note: these runs were not scored on the same windows", *sorted({f"{r['windows']} {r['protocol']}" for r in table}), sep='\n  ')
+    if len({(row['windows'], row['tokens']) for row in table}) > 1:
+        print("note: these runs were not scored on the same tokens", *sorted({f"{r['run']}: {r['windows']} {r['protocol']}, {r['tokens']} tokens scored" for r in table}), sep='\n  ')
     if output:
         with open(output, 'w') as f:
             json.dump(table, f, indent=2)
