@@ -165,7 +165,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False # in linear layers and in layernorm
     pos: str = 'rope' # rope | learned
-    norm: str = 'layernorm' # layernorm (as good at 0.8M parameters, 1/6 faster on a CPU) | rmsnorm
+    norm: str = 'layernorm' # layernorm | rmsnorm (as good at 0.8M parameters, slower on a CPU)
     mlp: str = 'swiglu' # swiglu | gelu; equal in parameters
     qk_norm: bool = True # layernorm without parameters on queries and keys (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = False # one matrix for embedding and head
