@@ -13,6 +13,7 @@ BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573).
 import contextlib
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -715,10 +716,9 @@ class Denoiser(GPT):
         leading columns settled in every row, 'total': columns}. When the text outgrows the context, see plan.
         """
         assert sampler in SAMPLERS, f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}"
-        B, device, lead = idx.size(0), idx.device, self.lead
+        B, lead = idx.size(0), self.lead
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         unknown, nfe = out == -1, 0
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
         for start, end, blocks in self.plan(unknown.any(0), steps, sampler):
             text = F.pad(out[:, start:end], (lead, 0), value=self.config.begin_id or 0)
             text = text.masked_fill(text == -1, self.config.mask_id) # (B, lead + T)
@@ -726,7 +726,7 @@ class Denoiser(GPT):
             cache, read = Cache(self.config, B, len(ids), self.lm_head.weight) if self.blockwise else None, 0
             for s, e, n in blocks:
                 s, e = s + lead, e + lead
-                hidden = (out[:, start + s - lead:start + e - lead] == -1) & ~ended[:, None]
+                hidden = out[:, start + s - lead:start + e - lead] == -1
                 for reveal in SAMPLERS[sampler](hidden, n):
                     b, i = reveal.nonzero(as_tuple=True) # (R,) rows and positions within the block
                     with torch.inference_mode():
@@ -741,10 +741,8 @@ class Denoiser(GPT):
                 if stop is not None: # what a row wrote after its first stop does not count
                     stopped = ((out == stop) & unknown).cumsum(1) > 0
                     out = torch.where(stopped & unknown, stop, out)
-                    ended = stopped[:, -1]
-                    if ended.all():
-                        return torch.where(out == -1, stop, out)
-                    text[:, lead:] = torch.where(out[:, start:end] == -1, self.config.mask_id, out[:, start:end])
+                    if stopped[:, -1].all():
+                        return out
         return out
 
     def read(self, text, first, s, ids, cache):
@@ -818,7 +816,7 @@ class MDLM(Denoiser):
     def enough_rows(self, B, T, block_ids=None):
         """ a fixed number of rows, so that nothing waits for the device, that holds all masked ones but once in 10^9 steps """
         c, G = self.config, B * (self.id_list[T - 1] + 1 if self.blockwise else 1)
-        equal = T % (G // B) == 0 and self.id_list[:T].count(self.id_list[T - 1]) * (G // B) == T if self.blockwise else True
+        equal = not self.blockwise or len(set(Counter(self.id_list[:T]).values())) == 1
         if block_ids is not None or self.two_streams and c.diffusion_block_size == 1:
             return B * T
         # a level per token averages out; stratified levels of equal groups hardly vary; those of unequal ones count as if drawn freely

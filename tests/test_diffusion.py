@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import BD3LM, GPT, MDLM, OBJECTIVES, SAMPLERS, GPTConfig, as_ar, dense_mask, first_hitting, random_subset
+from model import GPT, MDLM, OBJECTIVES, SAMPLERS, GPTConfig, dense_mask, random_subset
 
 KINDS = [ # every way to denoise: objective, attention, block size, segments, more
     ('mdlm', dict(attention='full')),
@@ -221,6 +221,8 @@ def test_enough_rows_hold_every_hidden_token(kind):
     for T, n in (64, 63), (128, 100): # unequal blocks
         model, x = build('bd3lm', block_size=T, diffusion_block_size=n), torch.randint(5, (4, T))
         assert max(model.corrupt(x, x)[1].sum() for _ in range(500)) <= model.enough_rows(4, T)
+    uneven = build('mdlm', block_size=12, attention='hierarchical', segments='2,6,4') # the last has the average length
+    assert uneven.enough_rows(8, 12) > build('bd3lm', block_size=12, diffusion_block_size=4).enough_rows(8, 12)
     model = build('mdlm', block_size=8)
     assert model.enough_rows(512, 8) < 0.7 * 512 * 8 # and not simply all of them
 
