@@ -180,7 +180,7 @@ class GPTConfig:
     t_dist: str = 'uniform' # uniform | bell: Beta(2, 2), another weighting of the same losses (https://arxiv.org/abs/2605.13026)
     single_ratio_per_sequence: bool = True # False: a noise level per token; then the loss is no bound
     clean_causal: bool = False # bd3lm: clean tokens see no later ones of their block, so the clean stream is a GPT
-    ar_weight: float = 0.0 # bd3lm: weight of that GPT's next-token loss
+    ar_weight: float = 0.0 # weight of a next-token loss: bd3lm's on the clean stream, mdlm's on half of the rows
     attn_backend: str = 'auto' # auto | sdpa | flex. auto: flex on cuda where there is a mask to skip, else sdpa
     grad_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, ~1/3 more time
 
@@ -457,8 +457,12 @@ class GPT(nn.Module):
         # attend
         logits = self.next_token_logits(inputs)
         # loss
+        return logits, self.next_token_loss(logits, targets)
+
+    def next_token_loss(self, logits, targets):
+        """ logits (B, T, V), targets (B, T) -> nats per scored token; a sum first, because the mean over nothing is NaN """
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
-        return logits, loss / (targets != -1).sum().clamp(min=1)
+        return loss / (targets != -1).sum().clamp(min=1)
 
     @torch.no_grad()
     def nll_bound(self, idx, targets, n_samples=1):
@@ -564,7 +568,9 @@ class Denoiser(GPT):
         c, name = config, type(self).__name__
         assert c.mask_id is not None, f"{name} needs mask_id, the id that a hidden token reads as"
         assert 0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]"
-        assert c.ar_weight == 0 or c.clean_causal, "ar_weight needs clean_causal=True: else a clean token sees the next one"
+        assert self.two_streams or not c.clean_causal, f"clean_causal is about the clean stream of bd3lm, and {name} has none: leave it out"
+        assert c.clean_causal or c.ar_weight == 0 or not self.two_streams, \
+            "ar_weight needs clean_causal=True: else a clean token sees the next one"
         segments = [int(n) if n.strip().isdigit() else 0 for n in c.segments.split(',')] if c.segments else None
         assert segments is None or len(segments) > 1 and min(segments) > 0, f"segments is {c.segments!r}, expected lengths like 32,32,64"
         cut = c.diffusion_block_size if c.attention == 'block' or self.two_streams else None
@@ -826,12 +832,23 @@ class MDLM(Denoiser):
     def forward(self, idx, targets=None, block_ids=None):
         if targets is None:
             return self.logits(self.one_stream(idx, block_ids)), None
+        ar_loss = 0
+        if self.config.ar_weight > 0: # half of the rows teach the same weights to read on: a step costs what it did
+            half = len(idx) // 2
+            assert half, "ar_weight needs batch_size of at least 2: mdlm takes half of the rows for the next-token loss"
+            ar_loss = self.config.ar_weight * GPT.forward(self, idx[:half], targets[:half])[1]
+            idx, targets, block_ids = idx[half:], targets[half:], block_ids if block_ids is None else block_ids[half:]
         # corrupt
         xt, masked, t = self.corrupt(idx, targets, block_ids)
         # attend
         x = self.one_stream(xt, block_ids)
         # loss
-        return self.nelbo(x, targets, masked, t, block_ids)
+        logits, loss = self.nelbo(x, targets, masked, t, block_ids)
+        return logits, loss + ar_loss
+
+    def views(self):
+        """ weights that learned to read on are a GPT too """
+        return {'ar': as_ar(self)} if self.config.clean_causal or self.config.ar_weight else {}
 
     def denoise(self, xt, x0, block_ids=None):
         """ states as generation has them: with clean blocks before each noisy one, where it writes block by block """
@@ -914,21 +931,13 @@ class BD3LM(MDLM):
         # loss
         logits, loss = self.nelbo(x[:, :T], targets, masked, t, block_ids)
         if dual: # the clean rows are a GPT: their next-token loss costs no pass
-            loss = loss + self.config.ar_weight * self.next_token_loss(x[:, T:], targets)
+            _, targets = self.shift(idx, targets)
+            loss = loss + self.config.ar_weight * self.next_token_loss(self.logits(x[:, T:]), targets)
         return logits, loss
-
-    def next_token_loss(self, clean, targets):
-        targets = targets if self.lead else targets[:, 1:]
-        return F.cross_entropy(self.logits(clean).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum') / \
-            (targets != -1).sum().clamp(min=1)
 
     def flops_per_token(self):
         """ two streams, less the last layer of the clean one where nobody needs it """
         return super().flops_per_token() * (2 - (self.config.ar_weight == 0) / self.config.n_layer)
-
-    def views(self):
-        """ with clean_causal the same weights are a GPT """
-        return {'ar': as_ar(self)} if self.config.clean_causal else {}
 
 def as_ar(model):
     """ the autoregressive model of the same weights, which it shares """
@@ -1001,7 +1010,7 @@ def load_checkpoint(path, device='cpu', weights='ema', objectives=OBJECTIVES, vi
     """
     A checkpoint of train.py (its path, or what read_checkpoint gave) -> (model in eval mode, the checkpoint's dict).
     weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step. view: what else the
-    weights can be read as, 'ar' for a bd3lm run with clean_causal.
+    weights can be read as: 'ar', of a bd3lm run with clean_causal or an mdlm run with ar_weight.
     """
     assert weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw"
     ckpt = path if isinstance(path, dict) else read_checkpoint(path)

@@ -20,7 +20,7 @@ from prepare import PrepareError, Tokenizer, provider, read_text
 out_dir = 'out' # the run's folder
 ckpt = 'best' # best | latest | the path of a checkpoint
 weights = 'ema' # ema (if the run averaged its weights) | raw
-view = None # what else the weights can be read as: ar (of a bd3lm run with clean_causal)
+view = None # what else the weights can be read as: ar (of a run with clean_causal or ar_weight)
 start = '' # the prompt; FILE:prompt.txt reads it from a file
 num_samples = 3
 max_new_tokens = 400

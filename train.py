@@ -63,7 +63,7 @@ t_max = 1.0
 t_dist = 'uniform' # uniform | bell
 single_ratio_per_sequence = True # False: a noise level per token, no bound
 clean_causal = False # bd3lm: the clean stream is a GPT, so one run answers as bd3lm and as ar
-ar_weight = 0.0 # bd3lm with clean_causal: weight of that GPT's next-token loss
+ar_weight = 0.0 # weight of a next-token loss: bd3lm's on the clean_causal stream, mdlm's on half of the rows
 attn_backend = 'auto' # auto | sdpa | flex
 grad_checkpointing = False # less memory, about a third more time
 # optimizer

@@ -398,6 +398,19 @@ def test_the_clean_stream_is_a_gpt(begin_id):
     assert torch.allclose(both, model(x, x)[1] + 0.5 * gpt(x, x)[1], atol=1e-10)
     assert not build('bd3lm', diffusion_block_size=4).views()
 
+@pytest.mark.parametrize('begin_id', [None, 6])
+def test_half_of_the_rows_of_a_dual_mdlm_are_a_gpts(begin_id):
+    """ its loss is the bound's on the second half and the GPT's of the same weights on the first """
+    dual, alone = build('mdlm', ar_weight=0.5, begin_id=begin_id), build('mdlm', begin_id=begin_id)
+    gpt, x = dual.views()['ar'], torch.randint(5, (5, 8))
+    assert gpt.lm_head.weight is dual.lm_head.weight and not alone.views() and (dual.loss_name, alone.loss_name) == ('ce', 'nelbo')
+    torch.manual_seed(0)
+    both = dual(x, x)[1]
+    torch.manual_seed(0)
+    assert torch.allclose(both, alone(x[2:], x[2:])[1] + 0.5 * gpt(x[:2], x[:2])[1], atol=1e-10)
+    with pytest.raises(AssertionError, match='batch_size of at least 2'):
+        dual(x[:1], x[:1])
+
 def test_an_ar_checkpoint_initialises_every_other_objective():
     ar = build('ar', begin_id=6)
     for name in 'denoise', 'mdlm', 'bd3lm':
@@ -586,7 +599,7 @@ def test_greedy_rows_do_not_depend_on_their_batch():
 def test_wrong_settings_end_in_a_sentence():
     for objective, settings, word in [('mdlm', dict(mask_id=None), 'needs mask_id'), ('mdlm', dict(t_min=0.5, t_max=0.5), 'in order'),
                                       ('bd3lm', dict(diffusion_block_size=2, ar_weight=1.0), 'clean_causal'), ('bd3lm', {}, 'needs diffusion_block_size'),
-                                      ('bd3lm', dict(attention='full'), 'works with attention block'), ('mdlm', dict(t_dist='gauss'), 'uniform, bell'),
+                                      ('bd3lm', dict(attention='full'), 'works with attention block'), ('mdlm', dict(t_dist='gauss'), 'uniform, bell'), ('mdlm', dict(clean_causal=True), 'leave it out'),
                                       ('mdlm', dict(attention='hierarchical', segments='2,3'), 'add up to 5')]:
         with pytest.raises(AssertionError, match=word):
             build(objective, **settings)
