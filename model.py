@@ -132,20 +132,27 @@ def compiled(fn):
 
 class Cache:
     """
-    Keys and values of every layer for up to `size` positions, so that generation reads each token once.
-    A pass writes behind the `length` positions already kept; keep(n) makes the next n of them permanent.
+    Keys and values of every layer for up to `size` positions, so that generation reads each token once, and what else no pass needs
+    to look up again. A pass writes behind the `length` positions already kept; keep(n) makes the next n of them permanent.
     """
-    def __init__(self, config, batch, size, like):
-        shape = (config.n_layer, batch, config.n_head, size, config.n_embd // config.n_head)
+    def __init__(self, model, batch, size):
+        c, like = model.config, model.lm_head.weight
+        shape = (c.n_layer, batch, c.n_head, size, c.n_embd // c.n_head)
         self.k, self.v, self.size, self.length = like.new_empty(shape).unbind(), like.new_empty(shape).unbind(), size, 0
+        self.rope = model.rotations(torch.arange(size, device=like.device), like.dtype)
+        self.parts = [[bare(part) for part in block.parts()] for block in model.transformer.h]
 
     def append(self, layer, k, v):
         """ k, v (B, H, T, D) of a layer -> all keys and values so far, (B, H, length + T, D) """
         n, keys, values = k.size(2), self.k[layer], self.v[layer]
-        assert self.length + n <= self.size, f"{self.length + n} positions do not fit a cache of {self.size}"
         keys.narrow(2, self.length, n).copy_(k)
         values.narrow(2, self.length, n).copy_(v)
         return keys.narrow(2, 0, self.length + n), values.narrow(2, 0, self.length + n)
+
+    def rotations(self, n):
+        """ the rotary positions of the next n rows, once a pass """
+        assert self.length + n <= self.size, f"{self.length + n} positions do not fit a cache of {self.size}"
+        return self.rope if self.rope is None else self.rope.narrow(1, self.length, n)
 
     def keep(self, n):
         self.length += n
@@ -168,7 +175,7 @@ class GPTConfig:
     pos: str = 'rope' # rope | learned
     norm: str = 'layernorm' # layernorm | rmsnorm (as good at 0.8M parameters, slower on a CPU)
     mlp: str = 'swiglu' # swiglu | gelu; equal in parameters
-    qk_norm: bool = True # layernorm without parameters on queries and keys (https://arxiv.org/abs/2302.05442)
+    qk_norm: bool = True # layernorm on queries and keys, with a gain (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = False # one matrix for embedding and head
     init: str = 'zero' # zero: output projections (and an untied head) start at 0 | gpt2: small normals, scaled by depth
     attention: str = 'causal' # causal | full | block | hierarchical: see block_ids
@@ -220,60 +227,61 @@ def drop(x, module):
     """ dropout, where there is any """
     return F.dropout(x, module.dropout) if module.training and module.dropout else x
 
-class Attention(nn.Module):
+def bare(module):
+    """ what a module computes, without nn.Module's look-ups and hooks: for one token they cost more than the arithmetic """
+    if type(module) is nn.Linear:
+        return functools.partial(F.linear, weight=module.weight, bias=module.bias)
+    if type(module) is nn.LayerNorm:
+        return functools.partial(F.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight, bias=module.bias, eps=module.eps)
+    return module # whatever else a reader puts in its place
+
+class Block(nn.Module):
+    """ one layer: attention, then an MLP, each added to the residual stream x """
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.qk_norm, self.dropout = layer, config.n_head, config.qk_norm, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias) # query, key, value
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        C, self.layer, self.n_head, self.dropout = config.n_embd, layer, config.n_head, config.dropout
+        self.gated = config.mlp == 'swiglu'
+        # a gate is a third matrix: 8/3 of the width instead of 4, in steps of 16, costs the same parameters
+        hidden = round(C / 6) * 16 if self.gated else 4 * C
+        linear = functools.partial(nn.Linear, bias=config.bias)
+        self.ln_1, self.ln_2 = make_norm(config), make_norm(config)
+        self.attn = nn.ModuleDict(dict(c_attn = linear(C, 3 * C), c_proj = linear(C, C))) # query, key, value; output
+        if config.qk_norm:
+            self.attn.qk_norm = nn.LayerNorm(C // config.n_head, bias=False) # one gain, squared in q @ k: learns how sharply to look
+        self.mlp = nn.ModuleDict(dict(c_fc = linear(C, (1 + self.gated) * hidden), c_proj = linear(hidden, C)))
+
+    def parts(self):
+        qk_norm = self.attn.qk_norm if 'qk_norm' in self.attn else None
+        return self.ln_1, self.attn.c_attn, qk_norm, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj
 
     def forward(self, x, rope, mask, cache=None, rows=None):
+        """ rows: how many rows, counted from the first, anybody needs after this layer (None: all) """
+        ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj = self.parts() if cache is None else cache.parts[self.layer]
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        if self.qk_norm or rope is not None:
+        # attention
+        qkv = c_attn(ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        if qk_norm is not None or rope is not None:
             qk, v = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2) # queries and keys take the same steps, so take them together
-            qk = F.layer_norm(qk, qk.shape[-1:]) if self.qk_norm else qk
+            qk = qk_norm(qk) if qk_norm is not None else qk
             qk = rotate(qk, *rope) if rope is not None else qk
             q, k = qk.permute(2, 0, 3, 1, 4).unbind()
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind() # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v) # (B, H, length + T, D)
-        y = attend(q[:, :, :rows], k, v, mask, self.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, -1, C))
-        return drop(y, self)
-
-class MLP(nn.Module):
-
-    def __init__(self, config):
-        super().__init__()
-        self.gated, self.dropout = config.mlp == 'swiglu', config.dropout
-        # a gate is a third matrix: 8/3 of the width instead of 4, in steps of 16, costs the same parameters
-        hidden = round(config.n_embd / 6) * 16 if self.gated else 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, 2 * hidden if self.gated else hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        x = self.c_fc(x)
+        if rows is not None:
+            x, q = x[:, :rows], q[:, :, :rows]
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        x = x + drop(attn_proj(y.transpose(1, 2).reshape(B, -1, C)), self)
+        # mlp
+        h = c_fc(ln_2(x))
         if self.gated:
-            x, gate = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x # https://arxiv.org/abs/2002.05202
+            h, gate = h.chunk(2, dim=-1)
+            h = F.silu(gate) * h # https://arxiv.org/abs/2002.05202
         else:
-            x = F.gelu(x)
-        return drop(self.c_proj(x), self)
-
-class Block(nn.Module):
-
-    def __init__(self, config, layer):
-        super().__init__()
-        self.ln_1, self.attn = make_norm(config), Attention(config, layer)
-        self.ln_2, self.mlp = make_norm(config), MLP(config)
-
-    def forward(self, x, rope, mask, cache=None, rows=None):
-        """ rows: how many rows, counted from the first, anybody needs after this layer (None: all) """
-        x = x[:, :rows] + self.attn(self.ln_1(x), rope, mask, cache, rows)
-        return x + self.mlp(self.ln_2(x))
+            h = F.gelu(h)
+        return x + drop(mlp_proj(h), self)
 
 # -----------------------------------------------------------------------------
 # sampling, shared by every objective
@@ -414,14 +422,18 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(pos)
         return drop(x, self)
 
+    def rotations(self, pos, dtype):
+        """ cos and signed sin at positions pos (N,), (2, N, 2, H, D): written out, because broadcasting costs more than reading """
+        if self.config.pos != 'rope':
+            return None
+        return self.rope[:, pos, None, None].to(dtype).expand(-1, -1, 2, self.config.n_head, -1).contiguous()
+
     def trunk(self, x, pos, mask, cache=None, rows=None):
         """
         x (B, N, C) at positions pos (N,) -> (B, N, C), normalised; mask as in attend. cache: the rows follow what it keeps.
         rows: only so many, counted from the first, are wanted, so the last layer computes no others.
         """
-        rope = None
-        if self.config.pos == 'rope': # written out for every head, because broadcasting costs more than reading
-            rope = self.rope[:, pos, None, None].to(x.dtype).expand(-1, -1, 2, self.config.n_head, -1).contiguous()
+        rope = self.rotations(pos, x.dtype) if cache is None else cache.rotations(x.size(1))
         for block in self.transformer.h:
             last = rows if block is self.transformer.h[-1] else None
             if self.config.grad_checkpointing and self.training:
@@ -498,29 +510,29 @@ class GPT(nn.Module):
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
         cache = None
-        for n in range(first, out.size(1)): # the shortest prompt decides where writing starts
-            if cache is None or cache.length == cache.size:
-                kept = room if cache is None else max(1, room // 2)
-                window = torch.cat((begin, out[:, max(0, n - kept):n]), dim=1)
-                cache = Cache(self.config, B, min(self.config.block_size, window.size(1) + out.size(1) - n), self.lm_head.weight)
-            else:
-                window = out[:, n - 1:n]
-            with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
+        with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
+            for n in range(first, out.size(1)): # the shortest prompt decides where writing starts
+                if cache is None or cache.length == cache.size:
+                    kept = room if cache is None else max(1, room // 2)
+                    window = torch.cat((begin, out[:, max(0, n - kept):n]), dim=1)
+                    cache = Cache(self, B, min(self.config.block_size, window.size(1) + out.size(1) - n))
+                else:
+                    window = out[:, n - 1:n]
                 pos = torch.arange(cache.length, cache.length + window.size(1), device=idx.device)
                 x = self.trunk(self.embed(window, pos), pos, 'full' if window.size(1) == 1 else 'causal', cache)
                 cache.keep(window.size(1))
                 probs = token_probs(self.logits(x[:, -1]), temperature, top_k, top_p) # (B, V)
                 token = draw(probs)
-            if stop is not None:
-                token = token.masked_fill(ended, stop)
-            out[:, n] = token if n >= T else torch.where(out[:, n] == -1, token, out[:, n]) # a longer prompt keeps its own
-            if stop is not None:
-                ended |= (out[:, n] == stop) & (n >= given)
-            if on_step is not None:
-                on_step(n - first + 1, out[:, :n + 1], probs, {'nfe': n - first + 1, 'done': n + 1, 'total': out.size(1)})
-            if stop is not None and ended.all():
-                out[:, n + 1:] = stop
-                break
+                if stop is not None:
+                    token = token.masked_fill(ended, stop)
+                out[:, n] = token if n >= T else torch.where(out[:, n] == -1, token, out[:, n]) # a longer prompt keeps its own
+                if stop is not None:
+                    ended |= (out[:, n] == stop) & (n >= given)
+                if on_step is not None:
+                    on_step(n - first + 1, out[:, :n + 1], probs, {'nfe': n - first + 1, 'done': n + 1, 'total': out.size(1)})
+                if stop is not None and ended.all():
+                    out[:, n + 1:] = stop
+                    break
         return out
 
     # ---- training
@@ -725,30 +737,30 @@ class Denoiser(GPT):
         B, lead = idx.size(0), self.lead
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         unknown, nfe = out == -1, 0
-        for start, end, blocks in self.plan(unknown.any(0), steps, sampler):
-            text = F.pad(out[:, start:end], (lead, 0), value=self.config.begin_id or 0)
-            text = text.masked_fill(text == -1, self.config.mask_id) # (B, lead + T)
-            ids = F.pad(self.ids[:end - start] + lead, (lead, 0))
-            cache, read = Cache(self.config, B, len(ids), self.lm_head.weight) if self.blockwise else None, 0
-            for s, e, n in blocks:
-                s, e = s + lead, e + lead
-                hidden = out[:, start + s - lead:start + e - lead] == -1
-                for reveal in SAMPLERS[sampler](hidden, n):
-                    b, i = reveal.nonzero(as_tuple=True) # (R,) rows and positions within the block
-                    with torch.inference_mode():
+        windows = self.plan(unknown.any(0), steps, sampler)
+        with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
+            for start, end, blocks in windows:
+                text = F.pad(out[:, start:end], (lead, 0), value=self.config.begin_id or 0)
+                text = text.masked_fill(text == -1, self.config.mask_id) # (B, lead + T)
+                ids = F.pad(self.ids[:end - start] + lead, (lead, 0))
+                cache, read = Cache(self, B, len(ids)) if self.blockwise else None, 0
+                for s, e, n in blocks:
+                    s, e = s + lead, e + lead
+                    hidden = out[:, start + s - lead:start + e - lead] == -1
+                    for reveal in SAMPLERS[sampler](hidden, n):
+                        b, i = reveal.nonzero(as_tuple=True) # (R,) rows and positions within the block
                         x = self.read(text[:, read:e], read, s, ids[:e], cache) # (B, e - read, C)
                         probs = token_probs(self.logits(x[b, i + s - read]), temperature, top_k, top_p) # (R, V)
-                        token = draw(probs)
-                    read, nfe = s if self.blockwise else 0, nfe + 1
-                    text[b, i + s], out[b, i + start + s - lead] = token, token
-                    if on_step is not None:
-                        done = int((out != -1).all(0).long().cumprod(0).sum())
-                        on_step(nfe, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
-                if stop is not None: # what a row wrote after its first stop does not count
-                    stopped = ((out == stop) & unknown).cumsum(1) > 0
-                    out = torch.where(stopped & unknown, stop, out)
-                    if stopped[:, -1].all():
-                        return out
+                        text[b, i + s] = out[b, i + start + s - lead] = draw(probs)
+                        read, nfe = s if self.blockwise else 0, nfe + 1
+                        if on_step is not None:
+                            done = int((out != -1).all(0).long().cumprod(0).sum())
+                            on_step(nfe, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
+                    if stop is not None: # what a row wrote after its first stop does not count
+                        stopped = ((out == stop) & unknown).cumsum(1) > 0
+                        out.masked_fill_(stopped & unknown, stop)
+                        if stopped[:, -1].all():
+                            return out
         return out
 
     def read(self, text, first, s, ids, cache):

@@ -240,7 +240,7 @@ def test_token_probs():
 @torch.no_grad()
 def test_a_cache_refuses_what_does_not_fit():
     model = gpt()
-    cache, x = Cache(model.config, 1, 4, model.lm_head.weight), torch.randn(1, 3, 16)
+    cache, x = Cache(model, 1, 4), torch.randn(1, 3, 16)
     model.trunk(x, torch.arange(3), 'causal', cache)
     cache.keep(3)
     with pytest.raises(AssertionError, match='do not fit a cache of 4'):
@@ -314,15 +314,23 @@ def test_queries_and_keys_are_normalised():
             model.transformer.h[0].attn.c_attn.weight[:32] *= 100
         assert torch.allclose(before, model.trunk(x, torch.arange(6), 'causal'), atol=1e-4) == normalised
 
-def test_dropout_acts_in_every_place():
-    """ embedding, attention weights, both outputs: with p near 1 each alone wipes out what passes """
+def test_dropout_acts_in_every_place(monkeypatch):
+    """ embedding, attention weights, both outputs: p near 1 wipes out what passes, so where only one path is open it is seen """
     idx = torch.randint(11, (1, 12))
-    quiet = gpt()
-    for place in quiet, quiet.transformer.h[0].attn, quiet.transformer.h[0].mlp:
-        model = gpt().train()
-        twin = dict(zip(quiet.modules(), model.modules()))[place]
-        twin.dropout = 0.99
-        assert not torch.allclose(model(idx)[0], quiet(idx)[0])
+    def differs(where, closed=None):
+        pair = [gpt(), gpt().train()]
+        for model in pair:
+            if closed:
+                [getattr(block, closed).c_proj.weight.data.zero_() for block in model.transformer.h]
+        for part in [pair[1]] if where == 'embedding' else pair[1].transformer.h:
+            part.dropout = 0.99
+        return not torch.allclose(pair[0](idx)[0], pair[1](idx)[0])
+    assert differs('embedding') and differs('layers', 'attn') and differs('layers', 'mlp')
+    with monkeypatch.context() as m:
+        m.setattr('model.drop', lambda x, module: x)
+        assert differs('layers', 'mlp') and not differs('layers', 'attn') # the attention weights drop by themselves
+    monkeypatch.setattr('model.attend', lambda q, k, v, mask, p: attend(q, k, v, mask))
+    assert differs('layers', 'mlp') # and so does what attention adds
     q = torch.randn(1, 1, 4, 8)
     for mask in 'causal', torch.ones(4, 4).bool():
         assert not torch.equal(attend(q, q, q, mask, 0.9), attend(q, q, q, mask, 0.9))
