@@ -171,6 +171,15 @@ def test_a_ratio_per_token_hides_half_and_is_no_bound():
     assert abs(masked.mean().item() - 0.5) < 0.01 and masked.mean(2).std() < 0.2 # rows hardly differ, unlike with one t per row
     assert model.loss_name == 'ce' and model(x, x)[1].isfinite()
 
+@torch.no_grad()
+def test_ratios_per_token_weigh_by_their_mean():
+    model, x = build('mdlm', single_ratio_per_sequence=False, t_min=0.2, t_max=0.4), torch.randint(5, (8, 8))
+    torch.manual_seed(0)
+    xt, masked, _ = model.corrupt(x, x)
+    ce = F.cross_entropy(log_probs(model, xt, x).flatten(0, 1), x.flatten(), reduction='none').view(8, 8)
+    torch.manual_seed(0)
+    assert torch.allclose(model(x, x)[1], (ce * masked).sum() / 0.3 / 64)
+
 @pytest.mark.parametrize('batch', [1, 3, 16])
 def test_noise_levels_are_uniform_for_every_row_and_block(batch):
     """ P4: marginally U(0, 1] whatever the batch, one per stratum within it, and hidden tokens follow them """
@@ -212,6 +221,35 @@ def test_unscored_tokens_are_never_corrupted_and_losses_count_scored_ones():
     loss.backward()
     assert (model.lm_head.weight.grad[5:] == 0).all()
     assert model(x, torch.full_like(x, -1))[1] == 0
+
+@pytest.mark.parametrize('kind', ['mdlm', 'bd3lm'])
+@torch.no_grad()
+def test_partly_scored_rows_weigh_what_is_scored(kind):
+    """ two of four tokens count: bound and loss are those of a text of two, given the others """
+    torch.manual_seed(0)
+    model = build(kind, block_size=4, **({'diffusion_block_size': 4} if kind == 'bd3lm' else {}))
+    x = torch.randint(5, (1, 4)).expand(2000, -1)
+    targets = x.masked_fill(torch.arange(4) < 2, -1)
+    lp = lambda *hidden: log_probs(model, x[:1].index_fill(1, torch.tensor(hidden), 7), x[:1])[0, list(hidden), x[0, list(hidden)]].sum()
+    exact = -(lp(2, 3) / 2 + lp(2) / 2 + lp(3) / 2).item() # (k-1)!(n-k)!/n! for k = 2 and 1 of n = 2
+    bound = model.nll_bound(x, targets)[0]
+    losses = torch.stack([model(x[:50], targets[:50])[1] for _ in range(200)]) * 2
+    for estimates in bound, losses:
+        assert abs(estimates.mean().item() - exact) < 5 * estimates.std().item() / len(estimates) ** 0.5
+
+@torch.no_grad()
+def test_the_samples_of_a_bound_are_strata(monkeypatch):
+    """ as many samples as tokens: each number of hidden tokens once, in another order for every row """
+    seen, model, x = [], build('mdlm'), torch.randint(5, (64, 8))
+    monkeypatch.setattr('model.random_subset', lambda groups, scored, k: seen.append(k) or random_subset(groups, scored, k))
+    model.nll_bound(x, x, 8)
+    assert torch.equal(torch.cat(seen, 1).sort(1).values, torch.arange(1, 9).expand(64, -1)) and seen[0].unique().numel() == 8
+
+@torch.no_grad()
+def test_the_question_is_never_asked_for():
+    for kind in 'mdlm', 'bd3lm':
+        model, x = build(kind, attention='hierarchical', segments='2,2,4'), torch.randint(5, (64, 8))
+        assert not model.corrupt(x, x)[1][:, :2].any() and model.nll_bound(x, x)[1].tolist() == [6] * 64
 
 @every_kind
 def test_enough_rows_hold_every_hidden_token(kind):
@@ -387,6 +425,8 @@ def test_the_clean_stream_is_a_gpt(begin_id):
     model = build('bd3lm', diffusion_block_size=4, clean_causal=True, ar_weight=0.5, begin_id=begin_id)
     gpt, x = model.views()['ar'], torch.randint(5, (3, 8))
     assert type(gpt) is GPT and gpt.lm_head.weight is model.lm_head.weight
+    assert not gpt.training and model.train().views()['ar'].training
+    model.eval()
     xt = x.masked_fill(torch.rand(3, 8) < 0.5, 7)
     clean = model.logits(model.two_stream(xt, x, clean_too=True)[:, 8:])
     inputs, _ = gpt.shift(x, x)
@@ -548,6 +588,7 @@ def test_the_plan_covers_every_gap_once():
     assert sum(steps) == 19 and max(steps) - min(steps) <= 1
     plan = build('mdlm', diffusion_block_size=2).plan(unknown, None, 'first_hitting') # the row is one block
     assert plan == [(0, 8, [(0, 8, None)]), (4, 12, [(0, 8, None)]), (8, 16, [(0, 8, None)]), (12, 20, [(0, 8, None)]), (16, 21, [(0, 5, None)])]
+    assert [p[:2] for p in build('mdlm').plan(torch.arange(12) >= 7, None, 'first_hitting')] == [(0, 8), (4, 12)] # a window is filled first
 
 @pytest.mark.parametrize('block', [1, 2, 3])
 @torch.no_grad()
@@ -561,6 +602,7 @@ def test_a_stop_is_the_end_of_its_row_only(block):
     lengths = [row.index(3) if 3 in row else 14 for row in out[:, 2:].tolist()]
     assert all(set(row[n:]) <= {3} for row, n in zip(out[:, 2:].tolist(), lengths)) and len(set(lengths)) > 2
     assert (calls[-1][lengths.index(max(lengths))] != -1).sum() > (calls[0][0] != -1).sum()
+    assert not (model.generate(torch.full((8, 2), 3), 6, stop=3)[:, 2:] == 3).all() # the prompt's own ends nothing
 
 @torch.no_grad()
 def test_block_ids_from_the_batch_are_those_of_the_config():
@@ -577,6 +619,20 @@ def test_block_ids_from_the_batch_are_those_of_the_config():
             assert a.shape == b.shape and (a.dim() == 0 or torch.allclose(a, b, atol=1e-9))
         other = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]).expand(3, -1)
         assert not torch.allclose(model.logits(model.denoise(x, x, sent)), model.logits(model.denoise(x, x, other)))
+
+@torch.no_grad()
+def test_every_row_may_send_its_own_block_ids():
+    ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 1, 1, 1, 2]])
+    for kind, more in ('mdlm', dict(attention='hierarchical', segments='2,2,4')), ('bd3lm', dict(diffusion_block_size=2)):
+        model, x = build(kind, **more), torch.randint(5, (3, 8))
+        xt = x.masked_fill(torch.rand(3, 8) < 0.5, 7)
+        together, single = model.two_stream(xt, x, ids), model.one_stream(xt, ids)
+        for i in range(3):
+            row = slice(i, i + 1)
+            assert torch.allclose(together[row], model.two_stream(xt[row], x[row], ids[row]))
+            assert torch.allclose(single[row], model.one_stream(xt[row], ids[row]))
+            t = model.corrupt(x, x, ids)[2][i]
+            assert all(t[ids[i] == g].unique().numel() == 1 for g in ids[i].unique()) and t.unique().numel() == ids[i].unique().numel()
 
 def test_metrics_say_how_much_was_hidden():
     """ a model that sees the answer in its neighbours: the more is hidden, the fewer it gets """

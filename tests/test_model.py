@@ -121,6 +121,17 @@ def test_switches_have_equal_parameters_and_start_at_ln_v(switches):
     loss = model(idx := torch.randint(65, (8, 32)), idx)[1].item()
     assert abs(loss - math.log(65)) < (1e-5 if switches.get('init') != 'gpt2' and not switches.get('tie_weights') else 0.1)
 
+@pytest.mark.parametrize('mlp', ['swiglu', 'gelu'])
+@torch.no_grad()
+def test_the_mlp_written_out(mlp):
+    model = gpt(mlp=mlp)
+    block, x = model.transformer.h[0], torch.randn(1, 1, 16)
+    block.attn.c_proj.weight.zero_()
+    h = block.mlp.c_fc(block.ln_2(x))
+    up, gate = h.chunk(2, dim=-1)
+    h = up * gate * gate.sigmoid() if mlp == 'swiglu' else h * (1 + torch.erf(h / math.sqrt(2))) / 2
+    assert torch.allclose(block(x, model.rotations(torch.arange(1), x.dtype), 'causal'), x + block.mlp.c_proj(h), atol=1e-5)
+
 def test_rope_depends_on_distance_only():
     model = gpt(block_size=40, begin_id=10)
     x = torch.randn(1, 6, 16)
@@ -156,6 +167,9 @@ def test_begin_scores_every_token_and_targets_mark_what_counts():
     assert n.tolist() == [7] * 3
     assert torch.allclose(model(idx, targets)[1], some.sum() / 21)
     assert model(idx, torch.full_like(idx, -1))[1] == 0 # nothing scored is no loss, not NaN
+    found, p = model.metrics(idx, targets), model(F.pad(idx[:, :-1], (1, 0), value=9))[0].softmax(-1)[:, 5:]
+    assert abs(found['accuracy'] - (p.argmax(-1) == idx[:, 5:]).float().mean().item()) < 1e-6
+    assert abs(found['entropy'] - torch.distributions.Categorical(p).entropy().mean().item()) < 1e-5
 
 def test_gradient_checkpointing_and_dropout():
     idx = torch.randint(11, (2, 12))
@@ -203,7 +217,8 @@ def test_rows_with_prompts_of_different_lengths():
         alone = model.generate(p, 11 - p.size(1), temperature=0)
         assert torch.equal(alone[0], row)
     padded[0, 0], stop = 4, int(prompts[2][0, 3]) # a stop within a longer prompt ends nothing
-    assert torch.equal(model.generate(padded, 1, temperature=0, stop=stop)[2, :7], prompts[2][0])
+    out = model.generate(padded.repeat(8, 1), 20, stop=stop)[2::3]
+    assert (out[:, :7] == prompts[2][0]).all() and not (out[:, 7:] == stop).all()
     with pytest.raises(AssertionError, match='gap'):
         model.generate(torch.tensor([[1, -1, 2]]), 1)
     with pytest.raises(AssertionError, match='begin id'):
