@@ -74,6 +74,9 @@ def main():
     config = configure(globals())
     path = os.path.join(out_dir, f'ckpt_{ckpt}.pt') if ckpt in ('best', 'latest') else ckpt
     try:
+        for name in 'num_samples', 'max_new_tokens':
+            if config[name] < 1:
+                raise PrepareError(f"{name} is {config[name]}, expected at least 1")
         where, amp, _ = models.pick_device(device, dtype)
         if not os.path.exists(path):
             raise PrepareError(f"there is no checkpoint {path}: name the folder of a run with --out_dir, train one first with train.py")

@@ -176,6 +176,7 @@ try:
     assert decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant"
     assert gradient_accumulation_steps % world == 0, \
         f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes"
+    assert attn_backend != 'flex' or device.type == 'cuda', f"attn_backend=flex trains on cuda only: FlexAttention has no backward pass on {device}"
     for name in 'batch_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval', 'eval_interval', 'bound_samples':
         assert config[name] >= 1, f"{name} is {config[name]}, expected at least 1"
     assert seed >= 0, f"seed is {seed}, expected 0 or more"
@@ -226,6 +227,8 @@ if resume:
             group.update(own)
     scaler.load_state_dict(state['scaler'])
     iteration, best = state['iteration'], state['best']
+    if iteration > max_iters and not eval_only:
+        fail(f"{path} is at iteration {iteration}, beyond max_iters {max_iters}: raise --max_iters, or evaluate it with --eval_only=True")
     say(f"resumed {path}: iteration {iteration}, best {raw_model.measured} {best:.4f}")
 
 averaged = state['ema'] if resume and state['ema'] else raw_model.state_dict()

@@ -143,6 +143,7 @@ def test_sampling(trained):
     assert "unknown character 'é'" in run('sample.py --start=café', f'--out_dir={out}', code=2)
     assert 'expected text of exactly one' in run('sample.py --stop=dog', f'--out_dir={out}', code=2)
     assert 'there is no checkpoint' in run(f'sample.py --out_dir={out}/nowhere', code=2)
+    assert 'max_new_tokens is -3, expected at least 1' in run('sample.py --max_new_tokens=-3', f'--out_dir={out}', code=2)
 
 @pytest.mark.parametrize('objective', ['mdlm', 'bd3lm'])
 def test_diffusion_trains_and_writes(corpus, trained, tmp_path, objective):
@@ -158,6 +159,7 @@ def test_diffusion_trains_and_writes(corpus, trained, tmp_path, objective):
     assert 'no use for --sampler' in run('sample.py --sampler=ancestral', f'--out_dir={trained[0]}', code=2)
     assert 'cannot be read as gpt' in run('sample.py --view=gpt', f'--out_dir={out}', code=2)
     if objective == 'bd3lm':
+        assert 'at least 2 windows' in run('-m tools.compare --orders=1', out, code=2)
         text = run('-m tools.compare --orders=2', out, trained[0])
         assert text.index('nll =') and text.count('| bd3lm, raw as ar |') == 1 and '+-' in text.split('margin')[1]
 
@@ -175,6 +177,7 @@ def test_two_processes(corpus, tmp_path):
     ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch, resume'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
     ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
     ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
+    ('--attn_backend=flex', 'trains on cuda only'),
 ])
 def test_wrong_settings_start_nothing(corpus, tmp_path, args, sentence):
     text = run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/run', *args.split(), code=2)
@@ -184,6 +187,7 @@ def test_a_run_is_not_overwritten_and_a_foreign_checkpoint_not_resumed(trained, 
     out, before = trained[0], (trained[0] / 'log.csv').read_bytes()
     assert 'already holds a run' in run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={out}', code=2)
     assert 'n_layer' in run('train.py --init_from=resume --n_layer=2', f'--out_dir={out}', code=2)
+    assert 'iteration 6, beyond max_iters 4' in run('train.py --init_from=resume --max_iters=4', f'--out_dir={out}', code=2)
     (tmp_path / 'half.pt').write_bytes((out / 'ckpt_best.pt').read_bytes()[:1000])
     torch.save({'weights': 1}, tmp_path / 'foreign.pt')
     torch.save({'format': 99}, tmp_path / 'newer.pt')

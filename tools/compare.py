@@ -15,7 +15,6 @@ import model as models
 from configurator import configure, fail
 from prepare import Corpus, PrepareError, provider
 
-ckpt = 'latest' # latest | best, for --orders
 orders = 0 # windows per run; 0: none. A pass per token of a block
 batch_size = 16
 output = '' # write the table there as JSON too
@@ -29,7 +28,7 @@ def read_results(folder):
 
 def order_nats(folder, n_windows):
     """ {order: (nats per token, standard error over windows)} of a run, {} for ar, which has one order """
-    state = models.read_checkpoint(os.path.join(folder, f'ckpt_{ckpt}.pt'))
+    state = models.read_checkpoint(os.path.join(folder, 'ckpt_latest.pt')) # what the scoreboard read
     dataset = state['settings']['dataset']
     model, _ = models.load_checkpoint(state, 'cpu', 'raw', models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {}))
     if not hasattr(model, 'nll_order'):
@@ -49,6 +48,8 @@ def order_nats(folder, n_windows):
 def main():
     folders = [a for a in sys.argv[1:] if not a.startswith('-')]
     configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+    if orders < 0 or orders == 1:
+        fail(f"orders is {orders}, expected 0 (none) or at least 2 windows: one says nothing of the error")
     if not folders:
         fail("name the folders of the runs to compare: python -m tools.compare out-a out-b")
     table = []
