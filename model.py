@@ -137,22 +137,23 @@ class Cache:
     """
     def __init__(self, model, batch, size):
         c, like = model.config, model.lm_head.weight
-        shape = (c.n_layer, batch, c.n_head, size, c.n_embd // c.n_head)
-        self.k, self.v, self.size, self.length = like.new_empty(shape).unbind(), like.new_empty(shape).unbind(), size, 0
+        self.kv = like.new_empty(2 * c.n_layer, batch, c.n_head, size, c.n_embd // c.n_head)
+        self.size, self.length = size, 0
         self.rope = model.rotations(torch.arange(size, device=like.device), like.dtype)
         self.parts = [[bare(part) for part in block.parts()] for block in model.transformer.h]
 
-    def append(self, layer, k, v):
-        """ k, v (B, H, T, D) of a layer -> all keys and values so far, (B, H, length + T, D) """
-        n, keys, values = k.size(2), self.k[layer], self.v[layer]
-        keys.narrow(2, self.length, n).copy_(k)
-        values.narrow(2, self.length, n).copy_(v)
-        return keys.narrow(2, 0, self.length + n), values.narrow(2, 0, self.length + n)
-
-    def rotations(self, n):
-        """ the rotary positions of the next n rows, once a pass """
+    def open(self, n):
+        """ make room for the next n rows, for all layers at once; returns their rotary positions """
         assert self.length + n <= self.size, f"{self.length + n} positions do not fit a cache of {self.size}"
+        self.new, self.seen = self.kv.narrow(3, self.length, n).unbind(), self.kv.narrow(3, 0, self.length + n).unbind()
         return self.rope if self.rope is None else self.rope.narrow(1, self.length, n)
+
+    def append(self, layer, k, v):
+        """ k, v (B, H, n, D) of a layer -> all keys and values so far, (B, H, length + n, D) """
+        i = 2 * layer
+        self.new[i].copy_(k)
+        self.new[i + 1].copy_(v)
+        return self.seen[i], self.seen[i + 1]
 
     def keep(self, n):
         self.length += n
@@ -433,7 +434,7 @@ class GPT(nn.Module):
         x (B, N, C) at positions pos (N,) -> (B, N, C), normalised; mask as in attend. cache: the rows follow what it keeps.
         rows: only so many, counted from the first, are wanted, so the last layer computes no others.
         """
-        rope = self.rotations(pos, x.dtype) if cache is None else cache.rotations(x.size(1))
+        rope = self.rotations(pos, x.dtype) if cache is None else cache.open(x.size(1))
         for block in self.transformer.h:
             last = rows if block is self.transformer.h[-1] else None
             if self.config.grad_checkpointing and self.training:
