@@ -7,7 +7,7 @@ blocks before it. Attention pattern and noise granularity are then the same inte
 
 An objective is a class whose forward rhymes: corrupt, attend, loss. To add one, subclass and add a row to OBJECTIVES.
 References: nanoGPT for the network and the loop (https://github.com/karpathy/nanoGPT),
-BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573).
+BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573), diffusion forcing for noise levels per token (https://arxiv.org/abs/2407.01392).
 """
 
 import contextlib
@@ -191,6 +191,21 @@ class GPTConfig:
     ar_weight: float = 0.0 # weight of a next-token loss: bd3lm's on the clean stream, mdlm's on half of the rows
     attn_backend: str = 'auto' # auto | sdpa | flex. auto: flex on cuda where there is a mask to skip, else sdpa
     grad_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, ~1/3 more time
+    df_timesteps: int = 32 # noise levels of training
+    df_sampling_timesteps: int = 32 # levels that sampling visits; fewer than df_timesteps: by DDIM steps, else by DDPM steps
+    df_objective: str = 'pred_noise' # pred_noise | pred_x0 | pred_v: what the network predicts
+    df_beta_schedule: str = 'cosine' # linear | cosine | sigmoid
+    df_loss_weight: str = 'fused' # fused | min_snr | uniform: see df_loss_weight
+    df_snr_clip: float = 5.0 # signal-to-noise ratios above it weigh no more
+    df_cum_snr_decay: float = 0.95 # of the average over earlier tokens in fused weights, per token
+    df_clip_noise: float = 5.0 # noise is clamped to +- this
+    df_ddim_eta: float = 0.0 # share of fresh noise in a DDIM step: 0 none, 1 as much as DDPM
+    df_stabilization_level: int = 1 # finished tokens are read as if at this level, 1 the least noisy; 0 is refused
+    df_scheduling_matrix: str = 'pyramid' # pyramid | full_sequence | autoregressive | trapezoid: see scheduling_matrix
+    df_uncertainty_scale: float = 1.0 # steps a token begins later than the one before it; 0: all at once
+    df_chunk_size: int = None # tokens denoised together; 0: all that are asked for. None: half of the context
+    df_x0_wpe: bool = False # add positions to the embeddings that get noisy, instead of in the network; needs pos='learned'
+    df_level_embed: str = 'add' # add | concat (and an MLP): how the network reads noise levels
 
     def __post_init__(self):
         for name, options in CHOICES.items():
@@ -208,7 +223,10 @@ class GPTConfig:
         return self.block_size + (self.begin_id is not None)
 
 CHOICES = {'pos': ('rope', 'learned'), 'norm': ('rmsnorm', 'layernorm'), 'mlp': ('swiglu', 'gelu'),
-           'init': ('zero', 'gpt2'), 't_dist': ('uniform', 'bell'), 'attention': tuple(ATTENTIONS), 'attn_backend': ('auto', 'sdpa', 'flex')}
+           'init': ('zero', 'gpt2'), 't_dist': ('uniform', 'bell'), 'attention': tuple(ATTENTIONS), 'attn_backend': ('auto', 'sdpa', 'flex'),
+           'df_objective': ('pred_noise', 'pred_x0', 'pred_v'), 'df_beta_schedule': ('linear', 'cosine', 'sigmoid'),
+           'df_loss_weight': ('fused', 'min_snr', 'uniform'), 'df_level_embed': ('add', 'concat'),
+           'df_scheduling_matrix': ('pyramid', 'full_sequence', 'autoregressive', 'trapezoid')}
 
 def make_norm(config):
     return nn.RMSNorm(config.n_embd, eps=1e-5) if config.norm == 'rmsnorm' else nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -351,6 +369,84 @@ ORDERS = {
     'confidence': lambda probs: probs.max(-1).values.round(decimals=4),
     'margin': lambda probs: probs.topk(2).values.diff(dim=-1).neg().squeeze(-1).round(decimals=4),
 }
+
+# -----------------------------------------------------------------------------
+# diffusion forcing: noise levels per token (https://arxiv.org/abs/2407.01392). Level k = 0 is already noisy, -1 is clean
+
+def _betas_from(T, signal):
+    """ the share of variance that each of T steps replaces by noise; signal(s): what is left after a share s of them, up to a factor """
+    left = signal(torch.linspace(0, 1, T + 1, dtype=torch.float64))
+    return (1 - left[1:] / left[:-1]).clamp(0, 0.999)
+
+BETA_SCHEDULES = {
+    'linear': lambda T: torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64),
+    'cosine': lambda T: _betas_from(T, lambda s: ((s + 0.008) / 1.008 * math.pi / 2).cos() ** 2),
+    'sigmoid': lambda T: _betas_from(T, lambda s: torch.tensor(3.0).sigmoid() - (6 * s - 3).sigmoid()), # the first in float32, as published
+}
+
+def df_schedule(kind, T, snr_clip=5.0):
+    """ everything that depends on the noise level alone: {name: (T,) float32}, computed in float64. kind: linear | cosine | sigmoid """
+    assert kind in BETA_SCHEDULES, f"df_beta_schedule is {kind!r}, expected one of {', '.join(BETA_SCHEDULES)}"
+    assert T >= 1, f"df_timesteps is {T}, expected at least 1"
+    assert kind != 'linear' or T > 20, \
+        f"the linear schedule needs df_timesteps of at least 21, not {T}: it ends at a beta of 20 / T, which must be below 1"
+    betas = BETA_SCHEDULES[kind](T)
+    abar = (1 - betas).cumprod(0)
+    before = F.pad(abar[:-1], (1, 0), value=1.0)
+    snr, variance = abar / (1 - abar), betas * (1 - before) / (1 - abar)
+    return {name: value.float() for name, value in {
+        'betas': betas, 'alphas_cumprod': abar, 'alphas_cumprod_prev': before,
+        'sqrt_alphas_cumprod': abar.sqrt(), 'sqrt_one_minus_alphas_cumprod': (1 - abar).sqrt(),
+        'log_one_minus_alphas_cumprod': (1 - abar).log(),
+        'sqrt_recip_alphas_cumprod': (1 / abar).sqrt(), 'sqrt_recipm1_alphas_cumprod': (1 / abar - 1).sqrt(),
+        'posterior_variance': variance, 'posterior_log_variance_clipped': variance.clamp(min=1e-20).log(),
+        'posterior_mean_coef1': betas * before.sqrt() / (1 - abar), 'posterior_mean_coef2': (1 - before) * (1 - betas).sqrt() / (1 - abar),
+        'snr': snr, 'clipped_snr': snr.clamp(max=snr_clip)}.items()}
+
+def df_real_levels(T, S):
+    """ (S + 1,) int64: the level, -1 (clean) to T - 1, of every index level 0 (clean) to S that sampling in S steps visits """
+    return torch.linspace(-1, T - 1, S + 1).long()
+
+def df_loss_weight(k, snr, clip, decay, objective, kind):
+    """
+    What the squared error of a token at level k (B, T) counts, (B, T); snr (levels,) is the schedule's. min_snr: never more than at
+    an snr of `clip` (https://arxiv.org/abs/2303.09556). fused: clean tokens before it inform about a token too, so their snr, as a decaying
+    average, counts as its own. uniform: 1 for the objective as it is.
+    """
+    for name, value, options in ('df_objective', objective, CHOICES['df_objective']), ('df_loss_weight', kind, CHOICES['df_loss_weight']):
+        assert value in options, f"{name} is {value!r}, expected one of {', '.join(options)}"
+    own = snr[k] / clip
+    clipped, past = own.clamp(max=1), torch.zeros_like(own)
+    if kind == 'uniform':
+        return torch.ones_like(own)
+    if kind == 'fused':
+        average = torch.cat((clipped[:, :1], (1 - decay) * clipped[:, 1:]), dim=1) # over one token, then 2, 4, 8, ... of them
+        for n in (2 ** i for i in range((k.size(1) - 1).bit_length())):
+            average = average + decay ** n * F.pad(average, (n, 0))[:, :-n]
+        past = decay * F.pad(average, (1, 0))[:, :-1] # up to the token before
+    own, clipped = (clip * (past + (1 - past) * x) for x in (own, clipped))
+    return {'pred_noise': clipped / own, 'pred_x0': clipped, 'pred_v': clipped / (own + 1)}[objective]
+
+# how many rows token t of a chunk of h waits before its noise begins to fall, one index level of S per row
+SCHEDULING_MATRICES = {
+    'pyramid': lambda t, h, S, u: int(t * u),
+    'full_sequence': lambda t, h, S, u: 0,
+    'autoregressive': lambda t, h, S, u: t * S,
+    'trapezoid': lambda t, h, S, u: int(min(t, h - 1 - t) * u), # from both ends; the published one mirrors token t to h - t
+}
+
+def scheduling_matrix(kind, horizon, sampling_timesteps, uncertainty_scale):
+    """
+    How a chunk of `horizon` tokens becomes clean: (rows, horizon) int64 index levels, all sampling_timesteps in the first row, all 0 in the
+    last. A reverse step takes a row to the next one. kind: pyramid | full_sequence | autoregressive | trapezoid
+    """
+    h, S, u = horizon, sampling_timesteps, uncertainty_scale
+    assert kind in SCHEDULING_MATRICES, f"df_scheduling_matrix is {kind!r}, expected one of {', '.join(SCHEDULING_MATRICES)}"
+    assert h >= 1 and S >= 1, f"a scheduling matrix of {h} tokens and {S} steps is empty: expected at least 1 of both"
+    assert 0 <= u < math.inf, f"df_uncertainty_scale is {u}, expected 0 or more rows between a token and the next"
+    wait = torch.tensor([SCHEDULING_MATRICES[kind](t, h, S, u) for t in range(h)])
+    row = torch.arange(S + int(wait.max()) + 1)[:, None]
+    return (S + wait - row).clamp(0, S)
 
 # -----------------------------------------------------------------------------
 # objectives
@@ -549,7 +645,7 @@ class GPT(nn.Module):
         rest = [p for p in self.parameters() if id(p) not in matrices]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-        fused = self.lm_head.weight.device.type in ('cuda', 'cpu') # one kernel instead of one per parameter
+        fused = self.transformer.wte.weight.device.type in ('cuda', 'cpu') # one kernel instead of one per parameter
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
         if matrices:
             assert hasattr(torch.optim, 'Muon'), f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}"
@@ -952,6 +1048,255 @@ class BD3LM(MDLM):
         """ two streams, less the last layer of the clean one where nobody needs it """
         return super().flops_per_token() * (2 - (self.config.ar_weight == 0) / self.config.n_layer)
 
+class Sinusoidal(nn.Module):
+    """ noise levels k (...) -> (..., dim): sines, then cosines, of k times frequencies from 1 down to 1/10000 """
+    def __init__(self, dim):
+        super().__init__()
+        half = dim // 2
+        self.register_buffer('freq', (-math.log(10000) / (half - 1) * torch.arange(half)).exp(), persistent=False)
+
+    def forward(self, k):
+        angle = k[..., None] * self.freq
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+class DFGPT(GPT):
+    """
+    df: diffusion forcing (https://arxiv.org/abs/2407.01392), the mathematics of https://github.com/buoyancy99/diffusion-forcing. Every
+    token's embedding is noisy at a level of its own; levels fall token by token as a scheduling matrix says. Levels k are
+    real ones, 0 to df_timesteps - 1, where the network reads them, and index levels, 0 (clean) to df_sampling_timesteps, where sampling counts.
+    """
+    loss_name, bound_name = 'mse', None # a weighted error between embeddings: nothing in it is the probability of a token
+    attentions = ('causal', 'full')
+
+    def __init__(self, config):
+        super().__init__(config)
+        c, T, S = config, config.df_timesteps, config.df_sampling_timesteps
+        for name, fits, expected in [
+            ('n_embd', c.n_embd % 4 == 0 and c.n_embd >= 8, "a multiple of 4 from 8 on: half of it holds sines and cosines of the noise level"),
+            ('df_timesteps', T >= 1, "at least 1"),
+            ('df_sampling_timesteps', 1 <= S <= T, f"1 to df_timesteps, {T}"),
+            ('df_snr_clip', 0 < c.df_snr_clip < math.inf, "a finite number above 0"),
+            ('df_cum_snr_decay', 0 <= c.df_cum_snr_decay < 1, "0 or more and below 1"),
+            ('df_clip_noise', c.df_clip_noise > 0, "a number above 0 (inf: no clamp)"),
+            ('df_ddim_eta', 0 <= c.df_ddim_eta <= 1, "0 to 1: a step cannot add more noise than it takes away"),
+            ('df_stabilization_level', 1 <= c.df_stabilization_level <= T,
+             f"1 to df_timesteps, {T}: finished tokens are read at real level df_stabilization_level - 1, and of 0 that would be the last, pure noise"),
+            ('df_uncertainty_scale', 0 <= c.df_uncertainty_scale <= S, f"0 to df_sampling_timesteps, {S}: from there on no two tokens are denoised together"),
+            ('df_chunk_size', c.df_chunk_size in (None, *range(c.block_size + 1)), f"0 to block_size, {c.block_size}, or None"),
+            ('df_x0_wpe', not c.df_x0_wpe or c.pos == 'learned', f"False with pos={c.pos!r}: only learned positions can be added to embeddings"),
+        ]:
+            assert fits, f"{name} is {getattr(c, name)}, expected {expected}"
+        del self.lm_head # predictions are embeddings
+        add = c.df_level_embed == 'add'
+        self.df_t_embed = Sinusoidal(c.n_embd if add else c.n_embd // 2)
+        self.df_mix = None if add else nn.Sequential(nn.Linear(c.n_embd * 3 // 2, c.n_embd), nn.ReLU(), nn.Linear(c.n_embd, c.n_embd)).apply(self._init_weights)
+        self.df_head = nn.Linear(c.n_embd, c.n_embd, bias=c.bias).apply(self._init_weights)
+        nn.init.zeros_(self.df_head.weight)
+        for name, values in df_schedule(c.df_beta_schedule, T, c.df_snr_clip).items():
+            self.register_buffer(f'df_{name}', values, persistent=False)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """ also of another objective: its trunk begins this model, its head has no use here, and what only df has stays as it is """
+        own = {k: v for k, v in self.state_dict().items() if k.startswith('df_')}
+        return super().load_state_dict(own | {k: v for k, v in state_dict.items() if k != 'lm_head.weight'}, *args, **kwargs)
+
+    @property
+    def row_length(self):
+        return self.config.block_size
+
+    # ---- the pieces
+
+    def df_wpe(self, n):
+        """ what x0 has of positions 0 to n - 1: (n, C), or zeros (n, 1) """
+        assert n <= self.config.block_size, f"{n} tokens do not fit the context: block_size is {self.config.block_size}"
+        return self.transformer.wpe.weight[:n] if self.config.df_x0_wpe else self.df_betas.new_zeros(n, 1)
+
+    def df_noise(self, shape, noise=None):
+        """ clamped noise, ours or the raw draws of noise(shape) """
+        raw = torch.randn(shape, device=self.df_betas.device, dtype=self.df_betas.dtype) if noise is None else noise(shape)
+        return raw.clamp(-self.config.df_clip_noise, self.config.df_clip_noise)
+
+    def df_at(self, name, k):
+        """ a constant of the schedule at real levels k (B, T) -> (B, T, 1) """
+        return getattr(self, f'df_{name}')[k][..., None]
+
+    def q_sample(self, x0, k, noise):
+        """ x0 and noise (B, T, C) -> x0 at real levels k (B, T) """
+        return self.df_at('sqrt_alphas_cumprod', k) * x0 + self.df_at('sqrt_one_minus_alphas_cumprod', k) * noise
+
+    def df_network(self, x, k):
+        """ x (B, T, C) at real levels k (B, T), at positions 0 to T - 1 -> (B, T, C), what df_objective names """
+        c, pos, level = self.config, torch.arange(x.size(1), device=x.device), self.df_t_embed(k)
+        h = x + level if self.df_mix is None else self.df_mix(torch.cat((x, level), dim=-1))
+        if c.pos == 'learned' and not c.df_x0_wpe:
+            h = h + self.transformer.wpe(pos)
+        return self.df_head(self.trunk(drop(h, self), pos, c.attention)).to(x.dtype)
+
+    def df_target(self, x0, k, noise):
+        """ what the network should have predicted, (B, T, C) """
+        v = self.df_at('sqrt_alphas_cumprod', k) * noise - self.df_at('sqrt_one_minus_alphas_cumprod', k) * x0
+        return {'pred_noise': noise, 'pred_x0': x0, 'pred_v': v}[self.config.df_objective]
+
+    def _df_model_predictions(self, x, k, net=None):
+        """ x (B, T, C) at real levels k (B, T) -> noise, x0 and what the network said, all (B, T, C) """
+        out = (net or self.df_network)(x, k)
+        recip, recipm1 = self.df_at('sqrt_recip_alphas_cumprod', k), self.df_at('sqrt_recipm1_alphas_cumprod', k)
+        x0 = {'pred_noise': lambda: recip * x - recipm1 * out.clamp(-self.config.df_clip_noise, self.config.df_clip_noise),
+              'pred_x0': lambda: out,
+              'pred_v': lambda: self.df_at('sqrt_alphas_cumprod', k) * x - self.df_at('sqrt_one_minus_alphas_cumprod', k) * out,
+              }[self.config.df_objective]()
+        return (recip * x - x0) / recipm1, x0, out
+
+    def _compute_loss_weight(self, k):
+        c = self.config
+        return df_loss_weight(k, self.df_snr, c.df_snr_clip, c.df_cum_snr_decay, c.df_objective, c.df_loss_weight)
+
+    def logits(self, x0):
+        """
+        Embeddings without positions (..., C) -> (..., vocab_size): how likely each token's embedding becomes x0 at the least noisy
+        level, 0, all tokens being equally frequent; the nearest one is the likeliest.
+        """
+        E, snr = self.transformer.wte.weight, self.df_snr[0]
+        bias = -snr / 2 * E.square().sum(1) # -snr / 2 |x0 - E|^2, but for |x0|^2, which is the same for all
+        with torch.autocast(x0.device.type, enabled=False): # distances are small differences
+            return F.linear(snr * x0, E, bias if self.unseen is None else bias + self.unseen)
+
+    def forward(self, idx, targets=None):
+        # corrupt: each token by itself. What is not scored, and all where nothing is, is context: as clean as sampling shows it
+        context = torch.ones_like(idx, dtype=torch.bool) if targets is None else targets == -1
+        x0, wpe = self.transformer.wte(idx), self.df_wpe(idx.size(1))
+        k = torch.randint(self.config.df_timesteps, idx.shape, device=idx.device).masked_fill(context, self.config.df_stabilization_level - 1)
+        noise = self.df_noise(x0.shape).masked_fill(context[..., None], 0)
+        # attend
+        _, found, out = self._df_model_predictions(self.q_sample(x0 + wpe, k, noise), k)
+        logits = self.logits(found - wpe)
+        if targets is None:
+            return logits, None
+        # loss: the target is detached, the noisy input is not
+        error = (out - self.df_target(x0 + wpe, k, noise).detach()).square().mean(-1) # (B, T)
+        return logits, (self._compute_loss_weight(k) * error).masked_fill(context, 0).sum() / (~context).sum().clamp(min=1)
+
+    def nll_bound(self, idx, targets, n_samples=1):
+        raise NotImplementedError("df has no likelihood bound: it predicts embeddings, and a squared error is no probability of a token; train mdlm or bd3lm")
+
+    @torch.no_grad()
+    def metrics(self, idx, targets):
+        """ the share of scored tokens that are found again from one level; how far embeddings are from their mean, in units of their own size """
+        found, scored, x0, wpe = {}, targets != -1, self.transformer.wte(idx), self.df_wpe(idx.size(1))
+        for quarter in 1, 2, 3:
+            k = torch.full_like(idx, self.config.df_timesteps * quarter // 4)
+            _, guess, _ = self._df_model_predictions(self.q_sample(x0 + wpe, k, self.df_noise(x0.shape)), k)
+            found[f'accuracy_level_{k[0, 0]}'] = (self.logits(guess - wpe).argmax(-1) == idx)[scored].float().mean().item()
+        text = self.transformer.wte.weight[:self.config.text_size]
+        return found | {'embedding_spread': ((text - text.mean(0)).norm() / text.norm()).item()}
+
+    # ---- writing
+
+    def _read_levels(self, x, curr, next, context_noise):
+        """ index levels -> real ones, and x as the network reads it: finished tokens (index 0) at df_stabilization_level """
+        T, S = self.config.df_timesteps, self.config.df_sampling_timesteps
+        assert ((0 <= next) & (next <= curr) & (curr <= S)).all(), \
+            f"a reverse step takes index levels from {S} at most down to 0 at least, and no token's noise may rise (next above curr)"
+        real = df_real_levels(T, S).to(x.device)
+        k, k_next = real[curr].masked_fill(curr == 0, self.config.df_stabilization_level - 1), real[next]
+        return torch.where((curr == 0)[..., None], self.q_sample(x, k, context_noise), x), k, k_next
+
+    @torch.no_grad()
+    def _sample_step_seq(self, x, curr, next, net=None, noise=None, guidance_fn=None):
+        """
+        One reverse step: x (B, T, C) at index levels curr (B, T) -> the same at levels next; a token with next == curr waits, untouched.
+        A DDPM step, or a DDIM step where sampling leaves levels out. net(x, k): in place of the network, k (B, T) real levels;
+        noise(shape): raw draws, before the clamp, the context's first, then the step's; guidance_fn: see _ddim_sample_step_seq.
+        """
+        if self.config.df_sampling_timesteps < self.config.df_timesteps:
+            return self._ddim_sample_step_seq(x, curr, next, net, noise, guidance_fn)
+        assert guidance_fn is None, "guidance needs DDIM steps: set df_sampling_timesteps below df_timesteps"
+        seen, k, _ = self._read_levels(x, curr, next, self.df_noise(x.shape, noise))
+        assert (curr - next <= 1).all(), "a DDPM step lowers a level by 1 or leaves it: to jump, set df_sampling_timesteps below df_timesteps"
+        _, x0, _ = self._df_model_predictions(seen, k, net)
+        mean = self.df_at('posterior_mean_coef1', k) * x0 + self.df_at('posterior_mean_coef2', k) * seen
+        fresh = self.df_noise(x.shape, noise) * (k > 0)[..., None] # the last step is certain
+        return torch.where((curr == next)[..., None], x, mean + (0.5 * self.df_at('posterior_log_variance_clipped', k)).exp() * fresh)
+
+    @torch.no_grad()
+    def _ddim_sample_step_seq(self, x, curr, next, net=None, noise=None, guidance_fn=None):
+        """
+        The same by a DDIM step (https://arxiv.org/abs/2010.02502), over any number of levels; it reads the context without noise, scaled.
+        guidance_fn(x0): a value to raise, of the predicted x0 (B, T, C); its gradient moves the predicted noise.
+        """
+        seen, k, k_next = self._read_levels(x, curr, next, torch.zeros_like(x))
+        a, a_next = self.df_at('alphas_cumprod', k), self.df_at('alphas_cumprod', k_next.clamp(min=0)).masked_fill(k_next[..., None] < 0, 1)
+        with torch.set_grad_enabled(guidance_fn is not None):
+            eps, x0, _ = self._df_model_predictions(seen.requires_grad_(guidance_fn is not None), k, net)
+            slope = torch.autograd.grad(guidance_fn(x0).sum(), seen)[0] if guidance_fn is not None else None
+        if guidance_fn is not None:
+            eps = eps - (1 - a_next).sqrt() * slope
+            x0 = self.df_at('sqrt_recip_alphas_cumprod', k) * seen - self.df_at('sqrt_recipm1_alphas_cumprod', k) * eps
+        sigma = self.config.df_ddim_eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
+        kept = (1 - a_next - sigma ** 2).clamp(min=0).sqrt() # of the predicted noise; rounding may pass 0
+        return torch.where((curr == next)[..., None], x, a_next.sqrt() * x0 + kept * eps + sigma * self.df_noise(x.shape, noise))
+
+    def _generate_scheduling_matrix(self, horizon):
+        c = self.config
+        return scheduling_matrix(c.df_scheduling_matrix, horizon, c.df_sampling_timesteps, c.df_uncertainty_scale)
+
+    @torch.no_grad()
+    def df_rollout(self, xs, given, net=None, noise=None, guidance_fn=None):
+        """
+        Write, in place, the embeddings xs (B, N, C), without positions, where given (B, N) is False: chunk by chunk from noise, by the
+        scheduling matrix. Yields after every network call which tokens it finished, (B, N) bool. The network sees the chunk and what
+        fits of the text before it, none behind it; positions count from where its window begins.
+        """
+        B, N, C = xs.shape
+        room, size, end, unknown = self.config.block_size, self.config.df_chunk_size, 0, (~given).any(0).tolist()
+        while any(unknown[end:]):
+            first = end + unknown[end:].index(True)
+            h = min(N - first, max(1, room // 2) if size is None else size or N)
+            assert h <= room, f"df_chunk_size=0 denoises all {h} new tokens together, but the context has {room}: choose a smaller df_chunk_size"
+            start, end = max(0, first + h - room), first + h
+            settled = given[:, start:end] | (torch.arange(start, end, device=xs.device) < first)
+            wpe, fresh = self.df_wpe(end - start), F.pad(self.df_noise((B, h, C), noise), (0, 0, first - start, 0))
+            x = torch.where(settled[..., None], xs[:, start:end] + wpe, fresh)
+            matrix = F.pad(self._generate_scheduling_matrix(h).to(xs.device), (first - start, 0)) # (rows, window)
+            levels = [row.masked_fill(settled, 0) for row in matrix] # rows x (B, window)
+            for curr, next in zip(levels, levels[1:]):
+                x = self._sample_step_seq(x, curr, next, net, noise, guidance_fn)
+                xs[:, start:end] = torch.where(settled[..., None], xs[:, start:end], x - wpe)
+                yield F.pad((curr > 0) & (next == 0), (start, N - end))
+
+    def generate_df(self, context, max_new_tokens, net=None, noise=None, guidance_fn=None):
+        """
+        Continue context, ids (B, T) or embeddings without positions (B, T, C), T >= 0, by max_new_tokens: embeddings (B, T + max_new_tokens, C).
+        noise(shape) is asked for every chunk, then for the steps on it. An id of -1 is to be written, wherever it stands.
+        """
+        raw = context.is_floating_point()
+        xs = F.pad(context if raw else self.transformer.wte(context.clamp(min=0)).detach(), (0, 0, 0, max_new_tokens))
+        given = F.pad(torch.ones(context.shape[:2], dtype=torch.bool, device=xs.device) if raw else context != -1, (0, max_new_tokens))
+        for _ in self.df_rollout(xs, given, net, noise, guidance_fn):
+            pass
+        return xs
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None, on_step=None):
+        """
+        Fill in every -1 of idx (B, T), T >= 0, anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays. Embeddings as
+        by generate_df; one that is finished becomes a token drawn from `logits`: temperature 0 takes the nearest. Steps and sampler
+        are settings of the model, df_sampling_timesteps and df_ddim_eta. stop, on_step: as in Denoiser.generate.
+        """
+        out = F.pad(idx, (0, max_new_tokens), value=-1)
+        unknown, xs = out == -1, self.transformer.wte(out.clamp(min=0))
+        for nfe, finished in enumerate(self.df_rollout(xs, ~unknown), 1):
+            probs = token_probs(self.logits(xs[finished]), temperature, top_k, top_p) # (R, V)
+            out[finished] = draw(probs)
+            done = int((out != -1).all(0).long().cumprod(0).sum())
+            if on_step is not None:
+                on_step(nfe, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
+            if stop is not None and ((out == stop) & unknown)[:, :done].any(1).all():
+                break
+        if stop is not None: # what a row wrote after its first stop does not count
+            out = torch.where((((out == stop) & unknown).cumsum(1) > 0) & unknown, stop, out)
+        return out
+
 def as_ar(model):
     """ the autoregressive model of the same weights, which it shares """
     with torch.device('meta'):
@@ -959,13 +1304,13 @@ def as_ar(model):
     gpt.transformer, gpt.lm_head, gpt.rope, gpt.unseen = model.transformer, model.lm_head, model.rope, model.unseen
     return gpt.train(model.training)
 
-OBJECTIVES = {'ar': GPT, 'denoise': Denoiser, 'mdlm': MDLM, 'bd3lm': BD3LM}
+OBJECTIVES = {'ar': GPT, 'denoise': Denoiser, 'mdlm': MDLM, 'bd3lm': BD3LM, 'df': DFGPT}
 
 def score(model, batches, n_samples=1):
     """
     One number for every objective: nats per scored token over batches (dicts, on the model's device), exact or an upper bound, with
     two standard errors: Monte Carlo (of this text's bound) and over rows (would another text differ?). An objective without a
-    bound gives its training loss, under that name.
+    bound gives its training loss, under that name; a squared error is in no nats and has no perplexity.
     """
     nats, scored, exact = [], [], model.bound_name == 'nll'
     for batch in batches:
@@ -979,8 +1324,9 @@ def score(model, batches, n_samples=1):
     nats, scored = torch.cat(nats), torch.cat(scored) # (rows, samples), (rows,)
     tokens, rows, n = scored.sum().item(), len(nats), nats.size(1)
     value, means = nats.mean(1).sum().item() / tokens, nats.mean(1) / scored.clamp(min=1)
-    sign = '=' if exact else '<=' if model.bound_name else 'is no bound:'
-    return {'name': model.measured, 'exact': exact, 'sign': sign, 'nats_per_token': value, 'perplexity': math.exp(min(value, 700.0)),
+    sign, squared = '=' if exact else '<=' if model.bound_name else 'is no bound:', model.measured == 'mse'
+    return {'name': model.measured, 'exact': exact, 'sign': sign, 'nats_per_token': value,
+            'unit': 'squared error' if squared else 'nats/token', 'perplexity': None if squared else math.exp(min(value, 700.0)),
             'stderr_monte_carlo': (nats.var(1).sum() / n).sqrt().item() / tokens if n > 1 else 0.0,
             'stderr_windows': means.std().item() / math.sqrt(rows) if rows > 1 else 0.0,
             'windows': rows, 'tokens': int(tokens), 'samples_per_window': n}

@@ -90,8 +90,9 @@ def main():
               f"{state['settings']['dataset']}, {'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
               f"{state['meta']['tokenizer']} tokens, {where}", file=sys.stderr)
         options = {k: config[k] for k in ('temperature', 'top_k', 'top_p', 'sampler', 'steps') if config[k] is not None}
-        for option in options.keys() - inspect.signature(model.generate).parameters.keys():
-            raise PrepareError(f"{view or state['objective']} writes left to right, one token at a time: it has no use for --{option}")
+        takes = inspect.signature(model.generate).parameters
+        for option in sorted(options.keys() - takes.keys()):
+            raise PrepareError(f"{view or state['objective']} has no use for --{option}: it takes {', '.join(k for k in config if k in takes)}")
         torch.manual_seed(seed)
         clock, evaluations = time.time(), 0
         for rows in [1] * num_samples if stream else [num_samples]:

@@ -64,6 +64,21 @@ t_dist = 'uniform' # uniform | bell
 single_ratio_per_sequence = True # False: a noise level per token, no bound
 clean_causal = False # bd3lm: the clean stream is a GPT, so one run answers as bd3lm and as ar
 ar_weight = 0.0 # weight of a next-token loss: bd3lm's on the clean_causal stream, mdlm's on half of the rows
+df_timesteps = 32 # noise levels of training
+df_sampling_timesteps = 32 # levels that sampling visits; fewer than df_timesteps: by DDIM steps, else by DDPM steps
+df_objective = 'pred_noise' # pred_noise | pred_x0 | pred_v: what the network predicts
+df_beta_schedule = 'cosine' # linear | cosine | sigmoid
+df_loss_weight = 'fused' # fused | min_snr | uniform
+df_snr_clip = 5.0 # signal-to-noise ratios above it weigh no more
+df_cum_snr_decay = 0.95 # of the average over earlier tokens in fused weights, per token
+df_clip_noise = 5.0 # noise is clamped to +- this
+df_ddim_eta = 0.0 # share of fresh noise in a DDIM step: 0 none, 1 as much as DDPM
+df_stabilization_level = 1 # finished tokens are read as if at this level, 1 the least noisy
+df_scheduling_matrix = 'pyramid' # pyramid | full_sequence | autoregressive | trapezoid: how the tokens of a chunk become clean
+df_uncertainty_scale = 1.0 # steps a token begins later than the one before it; 0: all at once
+df_chunk_size = None # tokens denoised together; 0: all that are asked for. None: half of the context
+df_x0_wpe = False # add positions to the embeddings that get noisy, instead of in the network; needs pos='learned'
+df_level_embed = 'add' # add | concat (and an MLP): how the network reads noise levels
 attn_backend = 'auto' # auto | sdpa | flex
 grad_checkpointing = False # less memory, about a third more time
 # optimizer
@@ -318,8 +333,8 @@ def write_results():
                 board['protocol'] = f"non-overlapping windows of {model.row_length} tokens of val, {corpus.n_windows('val', model.row_length):,} in all"
                 results['weights'][weights + suffix] = {'scoreboard': board, 'random_windows': windows}
                 say(f"{weights} weights{suffix.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {board['sign']} "
-                    f"{board['nats_per_token']:.4f} nats/token (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
-                    f"+- {board['stderr_windows']:.4f} windows), perplexity {board['perplexity']:.3f}; "
+                    f"{board['nats_per_token']:.4f} {board['unit']} (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
+                    f"+- {board['stderr_windows']:.4f} windows){', perplexity %.3f' % board['perplexity'] if board['perplexity'] else ''}; "
                     f"by nanoGPT's random windows {windows:.4f}")
     write_json('results.json', results)
 

@@ -71,7 +71,7 @@ def test_same_seed_same_loss_and_another_seed_another(trained, corpus, tmp_path)
     assert log_of(tmp_path / 'a') == log_of(trained[0]) != log_of(tmp_path / 'b')
     assert not (tmp_path / 'a' / 'results.json').exists()
 
-@pytest.mark.parametrize('objective, optimizer', [('ar', 'adamw'), ('ar', 'muon'), ('mdlm', 'muon'), ('bd3lm', 'muon')])
+@pytest.mark.parametrize('objective, optimizer', [('ar', 'adamw'), ('ar', 'muon'), ('mdlm', 'muon'), ('bd3lm', 'muon'), ('df', 'muon')])
 def test_resume_is_the_uninterrupted_run(corpus, tmp_path, objective, optimizer):
     """ bit for bit: log, weights, averages; the first part is stopped by SIGTERM at an iteration nobody chose """
     args = [*TINY, f'--dataset={corpus}', '--ema=0.9', '--dropout=0.1', f'--optimizer={optimizer}', f'--objective={objective}', '--max_iters=60', '--eval_interval=20', '--log_interval=4',
@@ -163,6 +163,19 @@ def test_diffusion_trains_and_writes(corpus, trained, tmp_path, objective):
         text = run('-m tools.compare --orders=2', out, trained[0])
         assert text.index('nll =') and text.count('| bd3lm, raw as ar |') == 1 and '+-' in text.split('margin')[1]
 
+def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):
+    """ from the weights of ar; what it reports is called what it is """
+    out = tmp_path / 'run'
+    text = run('train.py --objective=df', *TINY, f'--dataset={corpus}', f'--out_dir={out}', f'--init_from={trained[0]}/ckpt_best.pt', '--bound_samples=2')
+    assert 'mse is no bound: ' in text and 'squared error' in text and 'perplexity' not in text
+    assert json.loads((out / 'results.json').read_text())['weights']['raw']['scoreboard']['perplexity'] is None
+    assert all(0 <= float(log_of(out)[-1][k]) <= 1 for k in ('accuracy_level_8', 'accuracy_level_16', 'accuracy_level_24', 'embedding_spread'))
+    for stream in True, False:
+        text = run(f'sample.py --start=The --max_new_tokens=30 --num_samples=2 --top_k=3 --stream={stream}', f'--out_dir={out}')
+        assert text.count('The') >= 2 and 'network evaluations' in text
+    assert 'df has no use for --steps: it takes max_new_tokens, temperature' in run('sample.py --steps=9', f'--out_dir={out}', code=2)
+    assert 'mse is no bound: ' in run('-m tools.compare', out, trained[0])
+
 def test_two_processes(corpus, tmp_path):
     """ torchrun on two gloo processes is one process with accumulation, up to the order of sums """
     args = [*TINY, f'--dataset={corpus}', '--gradient_accumulation_steps=2', '--scoreboard_windows=2']
@@ -176,6 +189,7 @@ def test_two_processes(corpus, tmp_path):
     ('--optimizer=sgd', 'expected adamw or muon'), ('--decay=cubic', 'expected linear, cosine'), ('--dtype=float8', 'expected auto or one of'),
     ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch, resume'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
     ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
+    ('--objective=df --df_stabilization_level=0', 'pure noise'), ('--objective=df --df_chunk_size=abc', 'df_chunk_size is abc'),
     ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
     ('--attn_backend=flex', 'trains on cuda only'),
 ])

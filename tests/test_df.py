@@ -1,0 +1,497 @@
+"""
+Diffusion forcing against numbers produced by the published code (https://github.com/buoyancy99/diffusion-forcing, commit 475e0bc, on
+the CPU in float32), and its laws. df_golden.npz is sequence first, (T, B, C); everything here is batch first. Its network is a
+plain causal function of x and of the real noise level.
+"""
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import DFGPT, GPT, GPTConfig, Sinusoidal, df_loss_weight, df_real_levels, df_schedule, scheduling_matrix, score
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GOLDEN = np.load(os.path.join(ROOT, 'tests', 'df_golden.npz'))
+NAMES = list(GOLDEN.files)
+
+def golden(name):
+    """ an array of the published code, batch first """
+    array = torch.from_numpy(GOLDEN[name])
+    return array.transpose(0, 1) if re.search('_TBC?$|_out$|noise_ctx$|noise_step$|raw_noise$|^mp_|x_pred$', name) else array
+
+def close(a, b):
+    return torch.allclose(a.float(), b.float(), atol=1e-4, rtol=1e-4)
+
+def net(x, k):
+    """ the stand-in that the numbers were made with: x (B, T, C), real levels k (B, T) """
+    past = x.cumsum(1) / torch.arange(1, x.size(1) + 1)[:, None]
+    return x @ golden('lin_W1').T + past @ golden('lin_W2').T + golden('lin_b') + k[..., None] / 32 * golden('lin_c')
+
+def build(seed=0, **settings):
+    """ a small model with large random weights """
+    torch.manual_seed(seed)
+    model = DFGPT(GPTConfig(**{**dict(block_size=7, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=8), **settings})).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model
+
+def published(pattern):
+    """ the arrays whose name matches, as test parameters: (name, groups) """
+    found = [(m[0], m.groups()) for m in (re.fullmatch(pattern, name) for name in NAMES) if m]
+    assert found
+    return pytest.mark.parametrize('name, parts', found, ids=[name for name, _ in found])
+
+def draws(*arrays):
+    """ noise(shape) that hands out these raw draws in order, and checks that each is asked for in its shape """
+    arrays = iter(arrays)
+    def noise(shape):
+        array = next(arrays)
+        assert tuple(shape) == tuple(array.shape)
+        return array
+    return noise
+
+# ---- the published numbers
+
+def test_schedule():
+    schedule, names = df_schedule('cosine', 32), [n for n in NAMES if n.startswith('sched_')]
+    assert {n.removeprefix('sched_cosine_') for n in names} == schedule.keys()
+    for name, values in schedule.items():
+        assert values.dtype == torch.float32 and close(values, golden(f'sched_cosine_{name}'))
+
+@published(r'realsteps_T32_S(\d+)')
+def test_real_levels(name, parts):
+    assert torch.equal(df_real_levels(32, int(parts[0])), golden(name))
+
+@published(r'lw(1?)_cosine_(\w+)_(fused|minsnr)_TB')
+def test_loss_weights(name, parts):
+    one, objective, kind = parts
+    k = golden(f'lw{one}_noise_levels_TB')
+    assert close(df_loss_weight(k, df_schedule('cosine', 32)['snr'], 5.0, 0.95, objective, {'minsnr': 'min_snr'}.get(kind, kind)), golden(name))
+
+def test_q_sample():
+    assert close(build().q_sample(golden('x0_TBC'), golden('k_TB'), golden('q_noise_TBC')), golden('q_sample_cosine_TBC'))
+
+@published(r'mp_cosine_(\w+)_clip([\d.]+)_model_out')
+def test_model_predictions_and_posterior_mean(name, parts):
+    model, x, k = build(df_objective=parts[0], df_clip_noise=float(parts[1])), golden('xt_TBC'), golden('k_TB')
+    eps, x0, out = model._df_model_predictions(x, k, net)
+    mean = model.df_at('posterior_mean_coef1', k) * x0 + model.df_at('posterior_mean_coef2', k) * x
+    for found, what in (eps, 'pred_noise'), (x0, 'pred_x_start'), (out, 'model_out'), (mean, 'post_mean'):
+        assert close(found, golden(name.replace('model_out', what)))
+
+@published(r'fw_cosine_(\w+)_clip([\d.]+)_(fused|minsnr)_raw_noise')
+def test_training_loss(name, parts):
+    model = build(df_objective=parts[0], df_clip_noise=float(parts[1]), df_loss_weight={'minsnr': 'min_snr'}.get(parts[2], parts[2]))
+    x0, k, noise = golden('x0_TBC'), golden('k_TB'), model.df_noise((3, 7, 8), draws(golden(name)))
+    _, found, out = model._df_model_predictions(model.q_sample(x0, k, noise), k, net)
+    loss = model._compute_loss_weight(k)[..., None] * (out - model.df_target(x0, k, noise)) ** 2
+    assert close(found, golden(name.replace('raw_noise', 'x_pred')))
+    assert close(loss, golden(name.replace('raw_noise', 'loss_TBC')))
+    assert close(loss.mean(), golden(name.replace('raw_noise', 'loss_mean')))
+
+@published(r'ddpm_cosine_(\w+)_stab([1-9]\d*)_clip([\d.]+)_out')
+def test_ddpm_step(name, parts):
+    model = build(df_objective=parts[0], df_stabilization_level=int(parts[1]), df_clip_noise=float(parts[2]))
+    noise = draws(golden(name.replace('_out', '_noise_ctx')), golden(name.replace('_out', '_noise_step')))
+    assert close(model._sample_step_seq(golden('xt_TBC'), golden('ddpm_curr_idx_TB'), golden('ddpm_next_idx_TB'), net, noise), golden(name))
+
+@published(r'ddim_cosine_(\w+)_S(\d+)_eta([\d.]+)_stab([1-9]\d*)_out')
+def test_ddim_step(name, parts):
+    objective, S, eta, stab = parts
+    model = build(df_objective=objective, df_sampling_timesteps=int(S), df_ddim_eta=float(eta), df_stabilization_level=int(stab))
+    levels = golden(f'ddim_S{S}_curr_idx_TB'), golden(f'ddim_S{S}_next_idx_TB')
+    for step in model._ddim_sample_step_seq, model._sample_step_seq: # fewer steps than levels: the same
+        assert close(step(golden('xt_TBC'), *levels, net, draws(golden(name.replace('_out', '_noise_step')))), golden(name))
+
+@published(r'sm_(pyramid|full_sequence|autoregressive)_S8_h(\d+)_us([\d.]+)')
+def test_scheduling_matrices(name, parts):
+    assert torch.equal(scheduling_matrix(parts[0], int(parts[1]), 8, float(parts[2])), golden(name))
+
+@pytest.mark.parametrize('name, settings', [
+    ('ro_ddim_pyr', dict(df_sampling_timesteps=8, df_ddim_eta=0.5)),
+    ('ro_ddpm_full', dict(df_scheduling_matrix='full_sequence')),
+])
+def test_whole_roll_outs(name, settings):
+    """ context, sliding window, chunks: every draw asked for in the published order, every step from and to the published levels """
+    model = build(block_size=5, df_stabilization_level=3, df_objective='pred_x0', df_chunk_size=3, **settings)
+    xs, flat, at, levels = golden(f'{name}_xs_TBC'), torch.from_numpy(GOLDEN[f'{name}_noise_flat']), 0, []
+    def noise(shape):
+        nonlocal at
+        B, T, C = shape
+        at += B * T * C
+        return flat[at - B * T * C:at].view(T, B, C).transpose(0, 1)
+    step = model._sample_step_seq
+    model._sample_step_seq = lambda x, curr, next, *more: levels.append((curr[0], next[0])) or step(x, curr, next, *more)
+    out = model.generate_df(xs[:, :2], xs.size(1) - 2, net, noise)
+    assert close(out, golden(f'{name}_pred_TBC')) and torch.equal(out[:, :2], xs[:, :2]) and at == len(flat)
+    assert [torch.cat(ls).tolist() for ls in zip(*levels)] == [GOLDEN[f'{name}_{end}_flat'].tolist() for end in ('from', 'to')]
+
+@published(r'sinemb_dim(\d+)_k-1..31')
+def test_level_embedding(name, parts):
+    assert close(Sinusoidal(int(parts[0]))(torch.arange(-1, 32)), golden(name))
+
+# ---- where ours differs from the published code, and why
+
+@published(r'ddp?i?m_cosine_(\w+)_(?:S(\d+)_eta([\d.]+)_)?stab0(?:_clip([\d.]+))?_out')
+def test_published_stabilization_0_reads_the_context_as_pure_noise(name, parts):
+    """ level 0 - 1 wraps around to the last one: what the published code does there is what it does at level 32, but for the label """
+    objective, S, eta, clip = parts
+    settings = dict(df_objective=objective, df_sampling_timesteps=int(S or 32), df_ddim_eta=float(eta or 0), df_clip_noise=float(clip or 5))
+    kind = name.split('_')[0] + (f'_S{S}' if S else '')
+    levels = golden(f'{kind}_curr_idx_TB'), golden(f'{kind}_next_idx_TB')
+    def step(stab, net):
+        noise = draws(*(golden(n) for n in (name.replace('_out', '_noise_ctx'), name.replace('_out', '_noise_step')) if n in NAMES))
+        return build(df_stabilization_level=stab, **settings)._sample_step_seq(golden('xt_TBC'), *levels, net, noise)
+    assert not close(step(1, net), golden(name))
+    assert close(step(32, lambda x, k: net(x, k.masked_fill(levels[0] == 0, -1))), golden(name))
+
+@pytest.mark.parametrize('u', [0.0, 0.3, 0.5, 1.0, 1.7, 2.0, 4.0])
+@pytest.mark.parametrize('h', [1, 2, 3, 4, 5, 8])
+def test_trapezoid_is_symmetric_and_ends_clean_where_the_published_one_does_not(h, u):
+    ours, theirs = scheduling_matrix('trapezoid', h, 8, u), golden(f'sm_trapezoid_S8_h{h}_us{u}')
+    assert torch.equal(ours, ours.flip(1)) and (ours[0] == 8).all() and (ours[-1] == 0).all()
+    n, half = min(len(ours), len(theirs)), (h + 1) // 2
+    assert torch.equal(ours[:n, :half], theirs[:n, :half]) # the left half is the published one, and then:
+    assert all(torch.equal(theirs[:, -t], theirs[:, t]) for t in range(1, half)) # token t is mirrored to h - t, not to h - 1 - t
+    if h % 2 == 0: # so one token in the middle, which nobody denoises, is called clean from the start
+        assert (theirs[:, half] == 0).all()
+    assert theirs[-1, 0] == 0 if len(theirs) >= len(ours) else (theirs[-1, :half].max() == 1 and len(theirs) == len(ours) - 1) # a row is missing
+    assert (theirs[len(ours):, :half] == 0).all() # or some are idle
+
+# ---- laws of the pure functions
+
+@pytest.mark.parametrize('kind, T', [('linear', 21), ('linear', 32), ('cosine', 1), ('cosine', 1000), ('sigmoid', 1), ('sigmoid', 32)])
+def test_schedules_are_their_formulas(kind, T):
+    schedule, abar = df_schedule(kind, T), 1.0
+    signal = {'cosine': lambda t: math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2,
+              'sigmoid': lambda t: (1 / (1 + math.exp(-3)) - 1 / (1 + math.exp(3 - 6 * t / T))) / (1 / (1 + math.exp(-3)) - 1 / (1 + math.exp(3)))}
+    for k in range(T):
+        beta = 0.1 / T + k / (T - 1) * 19.9 / T if kind == 'linear' else min(0.999, 1 - signal[kind](k + 1) / signal[kind](k))
+        before, abar = abar, abar * (1 - beta)
+        expected = {'betas': beta, 'alphas_cumprod': abar, 'snr': abar / (1 - abar), 'posterior_variance': beta * (1 - before) / (1 - abar),
+                    'posterior_mean_coef1': beta * before ** 0.5 / (1 - abar), 'sqrt_recipm1_alphas_cumprod': (1 / abar - 1) ** 0.5}
+        assert all(math.isclose(schedule[n][k].item(), v, rel_tol=1e-3 if kind == 'sigmoid' else 1e-5, abs_tol=1e-12) for n, v in expected.items())
+    assert all(values.shape == (T,) and values.isfinite().all() for values in schedule.values())
+
+def test_impossible_schedules_end_in_a_sentence():
+    for kind, T, sentence in [('linear', 20, 'needs df_timesteps of at least 21, not 20'), ('linear', 1, 'at least 21'), ('cosine', 0, 'at least 1'),
+                              ('quadratic', 32, 'expected one of linear, cosine, sigmoid')]:
+        with pytest.raises(AssertionError, match=sentence):
+            df_schedule(kind, T)
+    for args, sentence in [(('cone', 3, 8, 1.0), 'one of pyramid'), (('pyramid', 0, 8, 1.0), 'is empty'), (('pyramid', 3, 0, 1.0), 'is empty'),
+                           (('pyramid', 3, 8, -1.0), '0 or more'), (('pyramid', 3, 8, math.inf), '0 or more')]:
+        with pytest.raises(AssertionError, match=sentence):
+            scheduling_matrix(*args)
+    for args, sentence in [(('pred_x', 'fused'), 'one of pred_noise'), (('pred_x0', 'max_snr'), 'one of fused')]:
+        with pytest.raises(AssertionError, match=sentence):
+            df_loss_weight(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), 5.0, 0.95, *args)
+
+@pytest.mark.parametrize('objective', ['pred_noise', 'pred_x0', 'pred_v'])
+@pytest.mark.parametrize('decay', [0.0, 0.6, 0.95])
+def test_fused_weights_are_a_loop_over_tokens(objective, decay):
+    """ the average of one token after the other, over 300 of them; for the first token, and without memory, min-SNR """
+    snr, k = df_schedule('sigmoid', 40)['snr'], torch.randint(40, (3, 300))
+    fused, plain = (df_loss_weight(k, snr, 3.0, decay, objective, kind) for kind in ('fused', 'min_snr'))
+    assert close(fused[:, 0], plain[:, 0]) and close(fused, plain) == (decay == 0)
+    for row, weights in zip(k, fused):
+        average = None
+        for level, weight in zip(row, weights.tolist()):
+            own = snr[level].item() / 3
+            clipped, past = min(own, 1), 0 if average is None else decay * average
+            a, b = 1 - (1 - past) * (1 - clipped), 1 - (1 - past) * (1 - own)
+            assert math.isclose(weight, {'pred_noise': a / b, 'pred_x0': 3 * a, 'pred_v': 3 * a / (3 * b + 1)}[objective], rel_tol=1e-3, abs_tol=1e-4)
+            average = clipped if average is None else decay * average + (1 - decay) * clipped
+    assert (df_loss_weight(k, snr, 3.0, decay, objective, 'uniform') == 1).all()
+
+def test_a_clean_past_makes_pure_noise_count():
+    """ next-token prediction as diffusion forcing sees it: min-SNR gives it no weight, fused SNR nearly the most there is """
+    k, snr = torch.tensor([[0] * 40 + [31]]), df_schedule('cosine', 32)['snr']
+    assert df_loss_weight(k, snr, 5.0, 0.95, 'pred_x0', 'min_snr')[0, -1] < 1e-4
+    assert abs(df_loss_weight(k, snr, 5.0, 0.95, 'pred_x0', 'fused')[0, -1] - 4.75) < 1e-3
+
+@pytest.mark.parametrize('kind', ['pyramid', 'full_sequence', 'autoregressive', 'trapezoid'])
+def test_levels_fall_by_one_or_wait(kind):
+    """ so that either sampler can follow every matrix """
+    for h in 1, 2, 7:
+        for u in 0.0, 0.4, 1.0, 2.5:
+            matrix = scheduling_matrix(kind, h, 6, u)
+            falls = matrix.diff(dim=0).neg()
+            assert matrix.dtype == torch.int64 and (matrix[0] == 6).all() and (matrix[-1] == 0).all()
+            assert falls.min() >= 0 and falls.max() == 1 and (falls.sum(1) > 0).all() # no call for nothing
+
+# ---- laws of a step
+
+@pytest.mark.parametrize('objective', ['pred_noise', 'pred_x0', 'pred_v'])
+@pytest.mark.parametrize('kind', ['linear', 'cosine', 'sigmoid'])
+def test_ddpm_is_ddim_with_all_steps_and_all_noise(objective, kind):
+    """ in mean (no noise drawn) and in standard deviation (noise of 1), at every level """
+    model = build(block_size=8, df_ddim_eta=1.0, df_objective=objective, df_beta_schedule=kind)
+    curr = torch.arange(1, 33).view(4, 8)
+    x, found = torch.randn(4, 8, 8), {}
+    for step in model._sample_step_seq, model._ddim_sample_step_seq:
+        mean, shifted = (step(x, curr, curr - 1, net, lambda shape: torch.full(shape, value)) for value in (0.0, 1.0))
+        found[step] = mean, shifted - mean
+    for a, b in zip(*found.values()):
+        assert torch.allclose(a, b, atol=2e-3, rtol=1e-3)
+    assert (found[step][1][curr > 1] > 0).all() and (found[step][1][curr == 1] == 0).all()
+
+@pytest.mark.parametrize('S', [8, 32])
+def test_any_mixture_of_waiting_and_moving_tokens(S):
+    """ who waits is untouched, bit for bit; who moves does not depend on which others move """
+    model, x = build(df_sampling_timesteps=S, df_ddim_eta=0.3), torch.randn(64, 7, 8)
+    curr = torch.randint(S + 1, (64, 7))
+    curr[:, 0] = 0
+    moves = (torch.rand(64, 7) < 0.5) & (curr > 0)
+    draw = torch.randn(64, 7, 8)
+    mixed = model._sample_step_seq(x, curr, curr - moves.long(), net, lambda shape: draw)
+    every = model._sample_step_seq(x, curr, (curr - 1).clamp(min=0), net, lambda shape: draw)
+    assert torch.equal(mixed[~moves], x[~moves]) and close(mixed[moves], every[moves]) and mixed.isfinite().all()
+    assert not close(mixed[moves], x[moves])
+
+def test_steps_that_make_no_sense_end_in_a_sentence():
+    x, two, three = torch.randn(1, 2, 8), torch.tensor([[0, 2]]), torch.tensor([[0, 3]])
+    ddpm, ddim = build(), build(df_sampling_timesteps=8)
+    for step in ddpm._sample_step_seq, ddim._sample_step_seq, ddim._ddim_sample_step_seq:
+        for curr, next in (two, three), (two + 40, two), (two, two - 1):
+            with pytest.raises(AssertionError, match='no token.s noise may rise'):
+                step(x, curr, next, net)
+    with pytest.raises(AssertionError, match='lowers a level by 1'):
+        ddpm._sample_step_seq(x, three, three - torch.tensor([[0, 2]]), net)
+    with pytest.raises(AssertionError, match='guidance needs DDIM'):
+        ddpm._sample_step_seq(x, two, two, net, guidance_fn=lambda x0: x0.sum())
+    assert ddim._sample_step_seq(x, three, three * 0, net).isfinite().all()
+
+@pytest.mark.parametrize('objective', ['pred_noise', 'pred_x0', 'pred_v'])
+def test_guidance_is_a_gradient_step_on_the_noise(objective):
+    """ where network and guidance are linear, so that the gradient is known: d sum(w x0) / dx """
+    model, x, w = build(df_sampling_timesteps=8, df_objective=objective), torch.randn(2, 3, 8), torch.randn(8)
+    curr, next = torch.tensor([[0, 3, 8], [1, 2, 5]]), torch.tensor([[0, 2, 8], [0, 1, 2]])
+    linear = lambda x, k: 0.3 * x
+    free, guided = (model._ddim_sample_step_seq(x, curr, next, linear, guidance_fn=fn) for fn in (None, lambda x0: (x0 * w).sum()))
+    real = df_real_levels(32, 8)
+    abar = df_schedule('cosine', 32)['alphas_cumprod']
+    for b, t in (0, 1), (1, 1), (1, 2):
+        a, a_next = abar[real[curr[b, t]]], abar[real[next[b, t]]]
+        slope = {'pred_noise': (1 - 0.3 * (1 - a).sqrt()) / a.sqrt(), 'pred_x0': 0.3, 'pred_v': a.sqrt() - 0.3 * (1 - a).sqrt()}[objective]
+        moved = -(1 - a_next).sqrt() * slope * w # in the noise; x0 follows from x and the noise
+        expected = (1 - a_next).sqrt() * moved - a_next.sqrt() * (1 / a - 1).sqrt() * moved
+        assert torch.allclose(guided[b, t] - free[b, t], expected, atol=1e-3, rtol=1e-3)
+    assert torch.equal(guided[0, [0, 2]], x[0, [0, 2]]) and torch.allclose(guided[1, 0], free[1, 0], atol=1e-5) # none on the last step
+
+# ---- the network and its loss
+
+@pytest.mark.parametrize('attention', ['causal', 'full'])
+@pytest.mark.parametrize('more', [{}, dict(df_level_embed='concat', pos='learned')])
+def test_no_leakage_by_gradient(attention, more):
+    """ position i's prediction depends on noisy tokens, and on their levels, up to i; with full attention on all """
+    model = build(attention=attention, **more).double()
+    x, levels = torch.randn(1, 7, 8, dtype=torch.double, requires_grad=True), torch.rand(1, 7, dtype=torch.double, requires_grad=True)
+    out = model.df_network(x, levels * 31)
+    seen = torch.stack([torch.stack([g[0].abs().reshape(7, -1).sum(-1) for g in torch.autograd.grad(out[0, i].square().sum(), (x, levels), retain_graph=True)])
+                        for i in range(7)]) > 0 # (7, 2, 7)
+    assert torch.equal(seen, (torch.ones(7, 7).tril() > 0 if attention == 'causal' else torch.ones(7, 7) > 0)[:, None].expand(-1, 2, -1))
+
+VARIANTS = [{}, dict(pos='learned'), dict(pos='learned', df_x0_wpe=True), dict(df_level_embed='concat', bias=True), dict(attention='full', df_objective='pred_v')]
+
+@pytest.mark.parametrize('more', VARIANTS)
+def test_loss_starts_finite_repeats_with_the_seed_and_reaches_every_parameter(more):
+    torch.manual_seed(0)
+    model, idx, losses = DFGPT(GPTConfig(**{**dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16), **more})), torch.randint(11, (4, 16)), []
+    for seed in 1, 1, 2:
+        torch.manual_seed(seed)
+        losses.append(model(idx, idx)[1].item())
+    assert losses[0] == losses[1] != losses[2] and 0 < losses[0] < 5 # noise has variance 1, and the head starts at zero
+    logits, loss = model(idx, idx)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters()) and logits.shape == (4, 16, 11)
+    assert model.df_head.weight.grad.abs().sum() > 0 and not any(name.startswith('lm_head') for name, _ in model.named_parameters())
+    assert not [name for name in model.state_dict() if 'df_' in name and not name.startswith(('df_head', 'df_mix'))] # constants stay out
+
+@pytest.mark.parametrize('objective', ['pred_noise', 'pred_x0', 'pred_v'])
+def test_the_target_is_detached_and_the_noisy_input_is_not(objective):
+    model, idx = build(df_objective=objective, pos='learned', df_x0_wpe=True), torch.randint(9, (4, 7))
+    model(idx, idx)[1].backward()
+    assert model.transformer.wte.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    torch.nn.init.zeros_(model.df_head.weight) # now nothing passes through the network
+    model(idx, idx)[1].backward()
+    assert (model.transformer.wte.weight.grad == 0).all() and (model.transformer.wpe.weight.grad == 0).all()
+
+def test_unscored_tokens_are_context():
+    """ read at the stabilisation level without noise, as sampling reads a prompt; the loss is the mean over scored tokens """
+    model, idx, seen = build(df_stabilization_level=3), torch.randint(9, (2, 7)), []
+    targets = idx.clone()
+    targets[:, :4] = -1
+    model.df_network = lambda x, k: seen.append((x, k)) or torch.zeros_like(x)
+    torch.manual_seed(0)
+    loss = model(idx, targets)[1]
+    (x, k), x0 = seen[0], model.transformer.wte(idx)
+    assert torch.allclose(x[:, :4], x0[:, :4] * model.df_sqrt_alphas_cumprod[2]) and (k[:, :4] == 2).all() and (k[:, 4:] != 2).any()
+    a = model.df_alphas_cumprod[k][:, 4:, None]
+    noise = (x[:, 4:] - a.sqrt() * x0[:, 4:]) / (1 - a).sqrt()
+    weight = df_loss_weight(k, model.df_snr, 5.0, 0.95, 'pred_noise', 'fused')[:, 4:, None]
+    assert torch.allclose(loss, (weight * noise ** 2).mean(), rtol=1e-4)
+    assert model(idx, torch.full_like(idx, -1))[1] == 0
+    model(idx)
+    assert (seen[-1][1] == 2).all() and torch.equal(seen[-1][0], x0 * model.df_sqrt_alphas_cumprod[2])
+
+def test_noise_levels_are_drawn_per_token_and_all_of_them():
+    model, seen = build(df_timesteps=4, df_sampling_timesteps=4), []
+    model.df_network = lambda x, k: seen.append(k) or torch.zeros_like(x)
+    for _ in range(50):
+        model(torch.zeros(32, 7, dtype=torch.long), torch.zeros(32, 7, dtype=torch.long))
+    k = torch.stack(seen)
+    assert (torch.bincount(k.flatten()) / k.numel() - 0.25).abs().max() < 0.02 and (k[..., 0] == k[..., 1]).float().mean() < 0.3
+
+def test_logits_are_distances_to_embeddings():
+    model, x0 = build(), torch.randn(5, 8)
+    E = model.transformer.wte.weight[:9]
+    expected = -(x0[:, None] - E).square().sum(-1) / 2 * model.df_snr[0]
+    logits = model.logits(x0)
+    assert torch.allclose(logits[:, :9].log_softmax(-1), expected.log_softmax(-1), atol=1e-3) and (logits[:, 9:] == -math.inf).all()
+    assert torch.equal(model.logits(E).argmax(-1), torch.arange(9))
+
+@pytest.mark.parametrize('x0_wpe', [True, False])
+def test_logits_of_a_text_need_no_positions(x0_wpe):
+    """ a network that finds x0 gives back the text, whether x0 holds positions or not """
+    model, idx = build(pos='learned', df_x0_wpe=x0_wpe, df_objective='pred_x0'), torch.randint(9, (2, 7))
+    model.df_network = lambda x, k: x / model.df_at('sqrt_alphas_cumprod', k)
+    assert torch.equal(model(idx)[0].argmax(-1), idx) and model.metrics(idx, idx)['accuracy_level_8'] > model.metrics(idx, idx)['accuracy_level_24']
+
+def test_there_is_no_bound_and_the_score_says_so():
+    model, idx = build(), torch.randint(9, (4, 7))
+    with pytest.raises(NotImplementedError, match='no likelihood bound'):
+        model.nll_bound(idx, idx)
+    found = score(model, [dict(idx=idx, targets=idx)])
+    assert (found['name'], found['sign'], found['unit'], found['perplexity']) == ('mse', 'is no bound:', 'squared error', None)
+
+def test_an_ar_checkpoint_begins_a_df_model():
+    """ trunk and embeddings; the head of ar has no use, that of df stays as it is """
+    sizes = dict(block_size=7, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+    ar, df = GPT(GPTConfig(**sizes)), build(df_level_embed='concat')
+    head = df.df_head.weight.clone()
+    df.load_state_dict(ar.state_dict())
+    assert all(torch.equal(p, df.get_parameter(name)) for name, p in ar.named_parameters() if name != 'lm_head.weight')
+    assert torch.equal(head, df.df_head.weight)
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        df.load_state_dict(GPT(GPTConfig(**{**sizes, 'n_embd': 16})).state_dict())
+
+@pytest.mark.parametrize('settings, sentence', [
+    (dict(df_timesteps=0), 'df_timesteps is 0, expected at least 1'),
+    (dict(df_sampling_timesteps=33), 'df_sampling_timesteps is 33, expected 1 to df_timesteps, 32'), (dict(df_sampling_timesteps=0), 'is 0, expected 1 to'),
+    (dict(df_snr_clip=0.0), 'df_snr_clip is 0.0, expected a finite'), (dict(df_snr_clip=math.nan), 'df_snr_clip is nan'), (dict(df_snr_clip=math.inf), 'df_snr_clip is inf'),
+    (dict(df_cum_snr_decay=1.0), 'df_cum_snr_decay is 1.0'), (dict(df_cum_snr_decay=-0.1), 'expected 0 or more and below 1'),
+    (dict(df_clip_noise=0.0), 'df_clip_noise is 0.0'), (dict(df_ddim_eta=1.1), 'df_ddim_eta is 1.1, expected 0 to 1'), (dict(df_ddim_eta=-1.0), 'df_ddim_eta is -1.0'),
+    (dict(df_stabilization_level=0), 'would be the last, pure noise'), (dict(df_stabilization_level=33), 'expected 1 to df_timesteps, 32'),
+    (dict(df_uncertainty_scale=-1.0), 'df_uncertainty_scale is -1.0'), (dict(df_uncertainty_scale=33.0), 'no two tokens are denoised together'),
+    (dict(df_chunk_size=8), 'df_chunk_size is 8, expected 0 to block_size, 7'), (dict(df_chunk_size=-1), 'df_chunk_size is -1'), (dict(df_chunk_size='all'), 'df_chunk_size is all'),
+    (dict(df_x0_wpe=True), "False with pos='rope'"), (dict(n_embd=6, n_head=1), 'n_embd is 6, expected a multiple of 4'), (dict(n_embd=4, n_head=1), 'from 8 on'),
+    (dict(df_beta_schedule='linear', df_timesteps=20, df_sampling_timesteps=8), 'at least 21'), (dict(attention='block', diffusion_block_size=2), 'works with attention causal'),
+    (dict(df_objective='x0'), "df_objective is 'x0', expected one of pred_noise"), (dict(df_beta_schedule='square'), 'expected one of linear'),
+    (dict(df_loss_weight='snr'), 'expected one of fused'), (dict(df_level_embed='film'), 'expected one of add'), (dict(df_scheduling_matrix='cone'), 'expected one of pyramid'),
+])
+def test_wrong_settings_end_in_a_sentence(settings, sentence):
+    with pytest.raises(AssertionError, match=re.escape(sentence)):
+        build(**settings)
+
+# ---- writing
+
+KINDS = [dict(), dict(df_sampling_timesteps=8, df_ddim_eta=0.5), dict(df_scheduling_matrix='full_sequence'), dict(df_scheduling_matrix='trapezoid', df_chunk_size=7),
+         dict(df_scheduling_matrix='autoregressive', df_sampling_timesteps=4), dict(df_chunk_size=1), dict(attention='full', df_uncertainty_scale=0.5)]
+
+@pytest.mark.parametrize('kind', KINDS, ids=lambda k: '-'.join(map(str, k.values())) or 'default')
+@pytest.mark.parametrize('pos', [{}, dict(pos='learned', df_x0_wpe=True)])
+def test_prompts_stay_and_text_outgrows_the_context(kind, pos):
+    model, calls = build(**kind, **pos), []
+    model.df_network = lambda x, k: calls.append(x.size(1)) or DFGPT.df_network(model, x, k)
+    prompt = torch.tensor([[1, 2, 3, 4], [5, 6, -1, -1], [-1, 7, -1, 8]]) # rows of unequal length, and gaps
+    steps = []
+    out = model.generate(prompt, 15, on_step=lambda *step: steps.append((step[1].clone(), *step[2:])))
+    assert out.shape == (3, 19) and torch.equal(out[:, :4][prompt != -1], prompt[prompt != -1]) and out.min() >= 0 and out.max() < 9
+    assert max(calls) == 7 and len(calls) == len(steps) == steps[-1][-1]['nfe'] and steps[-1][-1]['done'] == steps[-1][-1]['total'] == 19
+    written = [idx[0].tolist() for idx, *_ in steps]
+    assert all(a == b or a == -1 for now, then in zip(written, written[1:]) for a, b in zip(now, then)) # what is settled stays
+    assert sum(len(probs) for _, probs, _ in steps) == 3 * 15 + 4 and torch.allclose(torch.cat([probs for _, probs, _ in steps]).sum(-1), torch.ones(49))
+    xs = model.transformer.wte(prompt.clamp(min=0))
+    calls.clear()
+    model.generate(torch.tensor([[1, -1] + [2] * 20]), 0) # nothing is called for where nothing is asked
+    assert len(calls) <= 32 + 6
+    embedded = model.generate_df(xs, 5)
+    assert torch.equal(embedded[:, :4], xs) and embedded.shape == (3, 9, 8)
+    assert model.generate(torch.zeros(2, 0, dtype=torch.long), 3).shape == (2, 3) and torch.equal(model.generate(out, 0), out)
+
+@pytest.mark.parametrize('S', [4, 32])
+@pytest.mark.parametrize('pos', [{}, dict(pos='learned', df_x0_wpe=True)])
+def test_a_network_that_can_count_writes_numbers_past_the_context(S, pos):
+    """ every token is the one before it plus 1; positions, where x0 holds them, are those of the window """
+    model = build(df_scheduling_matrix='autoregressive', df_sampling_timesteps=S, df_objective='pred_x0', df_chunk_size=2, **pos)
+    torch.nn.init.normal_(model.transformer.wte.weight)
+    def count(x, k):
+        wpe = model.df_wpe(x.size(1))
+        before = model.logits(x / model.df_at('sqrt_alphas_cumprod', k) - wpe).argmax(-1)
+        return model.transformer.wte(F.pad(before + 1, (1, 0))[:, :-1] % 9) + wpe
+    model.df_network = count
+    assert model.generate(torch.tensor([[3, 4], [8, 0]]), 30, temperature=0).tolist() == [[(first + i) % 9 for i in range(32)] for first in (3, 8)]
+    assert model.generate(torch.tensor([[3, 4, -1, 6], [8, 0, 1, -1]]), 3, temperature=0).tolist() == [[3, 4, 5, 6, 7, 8, 0], [8, 0, 1, 2, 3, 4, 5]]
+    ended = model.generate(torch.tensor([[3, 4], [8, 0]]), 30, temperature=0, stop=7)
+    assert ended.tolist() == [[3, 4, 5, 6] + [7] * 28, [8, 0, 1, 2, 3, 4, 5, 6] + [7] * 24]
+
+def test_the_context_is_seen_where_it_lies_in_the_window():
+    """ at the stabilisation level, scaled, with the positions of the window it is in """
+    model, seen = build(pos='learned', df_x0_wpe=True, df_sampling_timesteps=8, df_stabilization_level=2, df_chunk_size=3), []
+    model.df_network = lambda x, k: seen.append((x, k)) or torch.zeros_like(x)
+    prompt = torch.randint(9, (1, 7))
+    model.generate_df(prompt, 3)
+    x, k = seen[0]
+    expected = (model.transformer.wte(prompt[:, 3:]) + model.transformer.wpe.weight[:4]) * model.df_sqrt_alphas_cumprod[1]
+    assert torch.allclose(x[:, :4], expected, atol=1e-6) and (k[:, :4] == 1).all() and (k[:, 4:] == 31).all()
+
+def test_a_chunk_of_everything_must_fit():
+    model = build(df_chunk_size=0)
+    assert model.generate(torch.zeros(1, 2, dtype=torch.long), 7).shape == (1, 9)
+    with pytest.raises(AssertionError, match='denoises all 8 new tokens together, but the context has 7'):
+        model.generate(torch.zeros(1, 2, dtype=torch.long), 8)
+    with pytest.raises(AssertionError, match='8 tokens do not fit the context'):
+        model(torch.zeros(1, 8, dtype=torch.long))
+
+# ---- why the published recipe is no way to learn a language
+
+def test_the_plain_recipe_collapses():
+    """
+    x_t is easiest to denoise when all embeddings are one: the loss falls, the embeddings fall together, and what the model makes of a
+    token in pure noise behind a clean context is no better than guessing, while ar learns the same text in the same time.
+    """
+    text = 'The quick brown fox jumps over the lazy dog, and so on.\n' * 9
+    ids, batch = sorted(set(text)), torch.Generator().manual_seed(0)
+    data, V = torch.tensor([ids.index(c) for c in text]), len(ids)
+    rows = lambda n: data[torch.randint(len(data) - 16, (n, 1), generator=batch) + torch.arange(16)]
+    def train(own, steps, **settings):
+        torch.manual_seed(0)
+        model = own(GPTConfig(block_size=16, vocab_size=V, n_layer=2, n_head=2, n_embd=32, **settings))
+        optimizer, = model.configure_optimizers('adamw', 3e-3, weight_decay=0.0)
+        losses = []
+        for _ in range(steps):
+            x = rows(16)
+            loss = model(x, x)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return model, losses
+    assert train(GPT, 100)[1][-1] < 1
+    model, losses = train(DFGPT, 300, pos='learned', df_x0_wpe=True)
+    x, last = rows(256), torch.arange(16) == 15
+    found = model.metrics(x, x)
+    assert losses[-1] < losses[0] / 4 and found['embedding_spread'] < 0.4 and found['accuracy_level_8'] < 0.1
+    with torch.no_grad():
+        k = torch.where(last, 31, 0).expand_as(x)
+        wpe, x0 = model.df_wpe(16), model.transformer.wte(x)
+        _, guess, _ = model._df_model_predictions(model.q_sample(x0 + wpe, k, model.df_noise(x0.shape)), k)
+        logits = model.logits(guess - wpe)[:, -1]
+    nats = min(F.cross_entropy(logits * 10.0 ** -i, x[:, -1]).item() for i in range(8)) # even at the best temperature
+    assert abs(nats - math.log(V)) < 0.1
