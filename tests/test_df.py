@@ -3,15 +3,18 @@ Diffusion forcing against numbers produced by the published code (https://github
 the CPU in float32), and its laws. df_golden.npz is sequence first, (T, B, C); everything here is batch first. Its network is a
 plain causal function of x and of the real noise level.
 """
+import importlib.util
 import math
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+import tools.plot
 from model import DFGPT, GPT, GPTConfig, Sinusoidal, df_loss_weight, df_real_levels, df_schedule, scheduling_matrix, score
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -458,6 +461,29 @@ def test_a_chunk_of_everything_must_fit():
         model.generate(torch.zeros(1, 2, dtype=torch.long), 8)
     with pytest.raises(AssertionError, match='8 tokens do not fit the context'):
         model(torch.zeros(1, 8, dtype=torch.long))
+
+# ---- a picture
+
+@pytest.mark.parametrize('args, sentence', [
+    ('scheduling_matrix config/df_published.py --horizon=5', ''), ('scheduling_matrix --df_scheduling_matrix=trapezoid --df_sampling_timesteps=6', ''),
+    ('', 'name a picture'), ('atention', "no picture 'atention', expected one of scheduling_matrix"), ('scheduling_matrix --horizon=0', 'is empty'),
+    ('scheduling_matrix --df_scheduling_matrix=cone', 'expected one of pyramid'), ('scheduling_matrix --horizn=3', 'did you mean horizon'),
+    ('scheduling_matrix config/nowhere.py', 'there is no config file'),
+])
+def test_pictures_from_settings_alone(tmp_path, monkeypatch, capsys, args, sentence):
+    there = importlib.util.find_spec('matplotlib') is not None
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['plot', *args.split(), f'--output={tmp_path}/a.png'])
+    if there and not sentence:
+        importlib.reload(tools.plot).main()
+        assert (tmp_path / 'a.png').stat().st_size > 5000
+        (tmp_path / 'a.png').unlink()
+        monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.reload(tools.plot).main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count('\n') == 1 and not (tmp_path / 'a.png').exists()
+    assert (sentence or 'needs matplotlib') in said or not there
 
 # ---- why the published recipe is no way to learn a language
 
