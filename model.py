@@ -1215,8 +1215,8 @@ class DFGPT(GPT):
         assert (curr - next <= 1).all(), "a DDPM step lowers a level by 1 or leaves it: to jump, set df_sampling_timesteps below df_timesteps"
         _, x0, _ = self._df_model_predictions(seen, k, net)
         mean = self.df_at('posterior_mean_coef1', k) * x0 + self.df_at('posterior_mean_coef2', k) * seen
-        fresh = self.df_noise(x.shape, noise) * (k > 0)[..., None] # the last step is certain
-        return torch.where((curr == next)[..., None], x, mean + (0.5 * self.df_at('posterior_log_variance_clipped', k)).exp() * fresh)
+        fresh = self.df_at('posterior_variance', k).sqrt() * self.df_noise(x.shape, noise) # none in the last step
+        return torch.where((curr == next)[..., None], x, mean + fresh)
 
     @torch.no_grad()
     def _ddim_sample_step_seq(self, x, curr, next, net=None, noise=None, guidance_fn=None):

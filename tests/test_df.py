@@ -305,13 +305,14 @@ VARIANTS = [{}, dict(pos='learned'), dict(pos='learned', df_x0_wpe=True), dict(d
 def test_loss_starts_finite_repeats_with_the_seed_and_reaches_every_parameter(more):
     torch.manual_seed(0)
     model, idx, losses = DFGPT(GPTConfig(**{**dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16), **more})), torch.randint(11, (4, 16)), []
+    assert (model.df_head.weight == 0).all()
     for seed in 1, 1, 2:
         torch.manual_seed(seed)
         losses.append(model(idx, idx)[1].item())
     assert losses[0] == losses[1] != losses[2] and 0 < losses[0] < 5 # noise has variance 1, and the head starts at zero
     logits, loss = model(idx, idx)
     loss.backward()
-    assert all(p.grad is not None for p in model.parameters()) and logits.shape == (4, 16, 11)
+    assert all(p.grad is not None for p in model.parameters()) and logits.shape == (4, 16, 11) and model.row_length == 16
     assert model.df_head.weight.grad.abs().sum() > 0 and not any(name.startswith('lm_head') for name, _ in model.named_parameters())
     assert not [name for name in model.state_dict() if 'df_' in name and not name.startswith(('df_head', 'df_mix'))] # constants stay out
 
@@ -330,7 +331,7 @@ def test_unscored_tokens_are_context():
     model, idx, seen = build(df_stabilization_level=3), torch.randint(9, (2, 7)), []
     targets = idx.clone()
     targets[:, :4] = -1
-    model.df_network = lambda x, k: seen.append((x, k)) or torch.zeros_like(x)
+    model.df_network = lambda x, k: seen.append((x, k)) or torch.full_like(x, 0.5)
     torch.manual_seed(0)
     loss = model(idx, targets)[1]
     (x, k), x0 = seen[0], model.transformer.wte(idx)
@@ -338,7 +339,7 @@ def test_unscored_tokens_are_context():
     a = model.df_alphas_cumprod[k][:, 4:, None]
     noise = (x[:, 4:] - a.sqrt() * x0[:, 4:]) / (1 - a).sqrt()
     weight = df_loss_weight(k, model.df_snr, 5.0, 0.95, 'pred_noise', 'fused')[:, 4:, None]
-    assert torch.allclose(loss, (weight * noise ** 2).mean(), rtol=1e-4)
+    assert torch.allclose(loss, (weight * (0.5 - noise) ** 2).mean(), rtol=1e-4)
     assert model(idx, torch.full_like(idx, -1))[1] == 0
     model(idx)
     assert (seen[-1][1] == 2).all() and torch.equal(seen[-1][0], x0 * model.df_sqrt_alphas_cumprod[2])
@@ -363,8 +364,11 @@ def test_logits_are_distances_to_embeddings():
 def test_logits_of_a_text_need_no_positions(x0_wpe):
     """ a network that finds x0 gives back the text, whether x0 holds positions or not """
     model, idx = build(pos='learned', df_x0_wpe=x0_wpe, df_objective='pred_x0'), torch.randint(9, (2, 7))
+    for table in model.transformer.wte, model.transformer.wpe: # far apart beside the noise of level 8
+        torch.nn.init.normal_(table.weight, std=9.0)
     model.df_network = lambda x, k: x / model.df_at('sqrt_alphas_cumprod', k)
-    assert torch.equal(model(idx)[0].argmax(-1), idx) and model.metrics(idx, idx)['accuracy_level_8'] > model.metrics(idx, idx)['accuracy_level_24']
+    found = model.metrics(idx, idx)
+    assert torch.equal(model(idx)[0].argmax(-1), idx) and found['accuracy_level_8'] == 1 and 0.8 < found['embedding_spread'] <= 1
 
 def test_there_is_no_bound_and_the_score_says_so():
     model, idx = build(), torch.randint(9, (4, 7))
@@ -422,8 +426,8 @@ def test_prompts_stay_and_text_outgrows_the_context(kind, pos):
     assert sum(len(probs) for _, probs, _ in steps) == 3 * 15 + 4 and torch.allclose(torch.cat([probs for _, probs, _ in steps]).sum(-1), torch.ones(49))
     xs = model.transformer.wte(prompt.clamp(min=0))
     calls.clear()
-    model.generate(torch.tensor([[1, -1] + [2] * 20]), 0) # nothing is called for where nothing is asked
-    assert len(calls) <= 32 + 6
+    model.generate(torch.tensor([[1, -1] + [2] * 20 + [-1, 3]]), 0) # no calls where there is nothing to write
+    assert len(calls) <= 2 * (32 + 6)
     embedded = model.generate_df(xs, 5)
     assert torch.equal(embedded[:, :4], xs) and embedded.shape == (3, 9, 8)
     assert model.generate(torch.zeros(2, 0, dtype=torch.long), 3).shape == (2, 3) and torch.equal(model.generate(out, 0), out)
@@ -434,6 +438,8 @@ def test_a_network_that_can_count_writes_numbers_past_the_context(S, pos):
     """ every token is the one before it plus 1; positions, where x0 holds them, are those of the window """
     model = build(df_scheduling_matrix='autoregressive', df_sampling_timesteps=S, df_objective='pred_x0', df_chunk_size=2, **pos)
     torch.nn.init.normal_(model.transformer.wte.weight)
+    if pos:
+        torch.nn.init.normal_(model.transformer.wpe.weight, std=5.0) # positions decide where they are left in
     def count(x, k):
         wpe = model.df_wpe(x.size(1))
         before = model.logits(x / model.df_at('sqrt_alphas_cumprod', k) - wpe).argmax(-1)
@@ -443,6 +449,12 @@ def test_a_network_that_can_count_writes_numbers_past_the_context(S, pos):
     assert model.generate(torch.tensor([[3, 4, -1, 6], [8, 0, 1, -1]]), 3, temperature=0).tolist() == [[3, 4, 5, 6, 7, 8, 0], [8, 0, 1, 2, 3, 4, 5]]
     ended = model.generate(torch.tensor([[3, 4], [8, 0]]), 30, temperature=0, stop=7)
     assert ended.tolist() == [[3, 4, 5, 6] + [7] * 28, [8, 0, 1, 2, 3, 4, 5, 6] + [7] * 24]
+
+def test_a_stop_counts_when_all_before_it_is_written():
+    """ a trapezoid writes both ends of a chunk before its middle """
+    model, row = build(df_scheduling_matrix='trapezoid', df_objective='pred_x0', df_chunk_size=0), torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    model.df_network = lambda x, k: model.transformer.wte(row)
+    assert torch.equal(model.generate(torch.zeros(1, 0, dtype=torch.long), 7, temperature=0, stop=7), row)
 
 def test_the_context_is_seen_where_it_lies_in_the_window():
     """ at the stabilisation level, scaled, with the positions of the window it is in """
