@@ -13,6 +13,7 @@ BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573), diffusion for
 import contextlib
 import functools
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
@@ -175,7 +176,7 @@ class GPTConfig:
     bias: bool = False # in linear layers and in layernorm
     pos: str = 'rope' # rope | learned
     norm: str = 'layernorm' # layernorm | rmsnorm (as good at 0.8M parameters, slower on a CPU)
-    mlp: str = 'swiglu' # swiglu | gelu; equal in parameters
+    mlp: str = 'swiglu' # swiglu | gelu | gelu_tanh (GPT-2's approximation of it); equal in parameters
     qk_norm: bool = True # layernorm on queries and keys, with a gain (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = False # one matrix for embedding and head
     init: str = 'zero' # zero: output projections (and an untied head) start at 0 | gpt2: small normals, scaled by depth
@@ -222,7 +223,7 @@ class GPTConfig:
         """ a begin id comes in addition to the text """
         return self.block_size + (self.begin_id is not None)
 
-CHOICES = {'pos': ('rope', 'learned'), 'norm': ('rmsnorm', 'layernorm'), 'mlp': ('swiglu', 'gelu'),
+CHOICES = {'pos': ('rope', 'learned'), 'norm': ('rmsnorm', 'layernorm'), 'mlp': ('swiglu', 'gelu', 'gelu_tanh'),
            'init': ('zero', 'gpt2'), 't_dist': ('uniform', 'bell'), 'attention': tuple(ATTENTIONS), 'attn_backend': ('auto', 'sdpa', 'flex'),
            'df_objective': ('pred_noise', 'pred_x0', 'pred_v'), 'df_beta_schedule': ('linear', 'cosine', 'sigmoid'),
            'df_loss_weight': ('fused', 'min_snr', 'uniform'), 'df_level_embed': ('add', 'concat'),
@@ -260,7 +261,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, self.layer, self.n_head, self.dropout = config.n_embd, layer, config.n_head, config.dropout
-        self.gated = config.mlp == 'swiglu'
+        self.gated, self.gelu = config.mlp == 'swiglu', 'tanh' if config.mlp == 'gelu_tanh' else 'none'
         # a gate is a third matrix: 8/3 of the width instead of 4, in steps of 16, costs the same parameters
         hidden = round(C / 6) * 16 if self.gated else 4 * C
         linear = functools.partial(nn.Linear, bias=config.bias)
@@ -299,7 +300,7 @@ class Block(nn.Module):
             h, gate = h.chunk(2, dim=-1)
             h = F.silu(gate) * h # https://arxiv.org/abs/2002.05202
         else:
-            h = F.gelu(h)
+            h = F.gelu(h, approximate=self.gelu)
         return x + drop(mlp_proj(h), self)
 
 # -----------------------------------------------------------------------------
@@ -492,6 +493,28 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, source, **settings):
+        """ a model that starts from the weights of read_pretrained; settings: fields of GPTConfig, what they do not fix """
+        known, weights, _ = read_pretrained(source)
+        model = cls(GPTConfig(**{**known, 'attention': cls.attentions[0], **settings}))
+        model.load_pretrained(weights)
+        return model
+
+    def load_pretrained(self, weights):
+        """
+        As load_state_dict, but the tables of ids and of positions may have other numbers of rows: those that both have are taken. Objectives
+        share the names of their parameters, so the weights may come from any of them.
+        """
+        own, weights = self.state_dict(), dict(weights)
+        for name, needed, what in (('transformer.wte.weight', self.config.text_size, 'ids, the text has'), ('lm_head.weight', 0, ''),
+                                   ('transformer.wpe.weight', self.config.block_size, 'positions, block_size is')):
+            if name in own and name in weights:
+                n = min(len(own[name]), len(weights[name]))
+                assert n >= needed, f"the weights know {n} {what} {needed}"
+                weights[name] = torch.cat((weights[name][:n].to(own[name]), own[name][n:]))
+        self.load_state_dict(weights)
 
     @property
     def measured(self):
@@ -1351,19 +1374,57 @@ def pick_device(device='auto', dtype='auto'):
 
 FORMAT = 1 # of checkpoints
 
-def read_checkpoint(path):
-    """ the dict of a checkpoint that train.py wrote, tensors on the CPU; never executes pickled code """
+def read_pickle(path):
+    """ what torch.save wrote, tensors on the CPU; never executes pickled code """
     try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except OSError:
         raise
     except Exception as e: # truncated, foreign or unsafe: the kinds of exception are many, the news is one
         raise ValueError(f"{path} is no checkpoint that can be read ({type(e).__name__}): truncated, or from elsewhere") from None
+
+def read_checkpoint(path):
+    """ the dict of a checkpoint that train.py wrote """
+    ckpt = read_pickle(path)
     if not isinstance(ckpt, dict) or 'format' not in ckpt:
         raise ValueError(f"{path} is not one of our checkpoints: it has no 'format'")
     if ckpt['format'] > FORMAT:
         raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this code reads up to {FORMAT}: update the code")
     return ckpt
+
+# what weights decide; the rest of a GPTConfig is the task's
+ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'tie_weights')
+
+def read_pretrained(source):
+    """
+    Weights to start from -> (fields of GPTConfig that they fix, weights by our names, {'tokenizer': ...} as far as known).
+    source: a checkpoint of ours or of nanoGPT, or a GPT-2 of Hugging Face, a folder or a hub name (needs transformers).
+    """
+    gpt2 = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True)
+    if not os.path.isfile(source):
+        if str(source).endswith('.pt'):
+            raise ValueError(f"there is no checkpoint {source}")
+        try:
+            from transformers import GPT2LMHeadModel
+            hf = GPT2LMHeadModel.from_pretrained(source)
+        except ImportError:
+            raise ValueError(f"{source} is no checkpoint; if it is a GPT-2 of Hugging Face, that needs transformers: pip install transformers") from None
+        except (OSError, ValueError, RuntimeError) as e:
+            raise ValueError(f"{source} is neither a checkpoint nor a GPT-2 of Hugging Face that can be read ({str(e).strip().splitlines()[0]})") from None
+        c, kinds = hf.config, {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+        if c.activation_function not in kinds or c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5:
+            raise ValueError(f"{source} is a GPT-2 of another kind: {c.activation_function}, n_inner {c.n_inner}, epsilon {c.layer_norm_epsilon}")
+        linear = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # there: inputs x outputs
+        weights = {k: v.t().contiguous() if k.endswith(linear) else v for k, v in hf.state_dict().items()}
+        return gpt2 | dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size,
+                           bias=True, mlp=kinds[c.activation_function]), weights, {'tokenizer': 'gpt2'}
+    ckpt = read_pickle(source)
+    if isinstance(ckpt, dict) and 'model_args' in ckpt: # nanoGPT's
+        known = gpt2 | {k: ckpt['model_args'][k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias')}
+        weights = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items()} # the prefix is torch.compile's
+        return known, weights, {'tokenizer': 'gpt2'} if known['vocab_size'] >= 50257 else {}
+    ckpt = read_checkpoint(source)
+    return ckpt['config'], ckpt['model'], {k: ckpt['meta'][k] for k in ('tokenizer', 'chars') if k in ckpt['meta']}
 
 def load_checkpoint(path, device='cpu', weights='ema', objectives=OBJECTIVES, view=None):
     """

@@ -32,7 +32,7 @@ from prepare import Corpus, PrepareError, ensure, provider, replacing
 # -----------------------------------------------------------------------------
 # the run
 out_dir = 'out' # the run's folder; a second run never overwrites it
-init_from = 'scratch' # scratch | resume (goes on with the run in out_dir, under its own settings) | a checkpoint, for its weights
+init_from = 'scratch' # scratch | resume (the run in out_dir, under its own settings) | weights: a checkpoint of ours or nanoGPT's, a GPT-2 of Hugging Face
 ckpt = 'latest' # where to resume: latest | best | the path of a checkpoint
 eval_only = False # evaluate the run in out_dir, write results.json, leave
 seed = 1337 # of initialisation, data order, corruption and dropout
@@ -137,15 +137,14 @@ def write_atomically(path, write):
     try:
         with replacing(path) as (temporary,), open(temporary, 'wb') as f:
             write(f)
-    except PrepareError as e:
-        fail(f"{e}; what was saved before is untouched. Free some space or choose another --out_dir")
+    except (PrepareError, RuntimeError) as e: # a full disk is a RuntimeError where torch.save meets it
+        fail(f"{str(e) if isinstance(e, PrepareError) else f'cannot write {path}, is the disk full?'}; "
+             f"what was saved before is untouched. Free some space or choose another --out_dir")
 
 def write_json(name, content):
     write_atomically(inside(name), lambda f: f.write(json.dumps(content, indent=2).encode() + b'\n'))
 
 resume = init_from == 'resume' or eval_only
-if init_from not in ('scratch', 'resume') and not os.path.isfile(init_from):
-    fail(f"init_from is {init_from!r}, expected scratch, resume or the path of a checkpoint")
 if resume: # the run's own settings, then what this command line says
     try:
         with open(inside('settings.json')) as f:
@@ -196,16 +195,27 @@ try:
         assert config[name] >= 1, f"{name} is {config[name]}, expected at least 1"
     assert seed >= 0, f"seed is {seed}, expected 0 or more"
     torch.manual_seed(seed)
-    kind = objectives[objective]
+    kind, weights = objectives[objective], None
+    if init_from not in ('scratch', 'resume') and not resume: # weights bring their architecture along
+        architecture, weights, text = models.read_pretrained(init_from)
+        config |= {k: architecture[k] for k in models.ARCHITECTURE}
+        globals().update(config)
+        for k, v in text.items():
+            assert corpus.meta.get(k) == v, f"the weights of {init_from} read other tokens than {dataset} has: {k} is {v!r} there, {corpus.meta.get(k)!r} here"
     known = config | corpus.meta
     shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
     shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or kind.attentions[0])
     shape['diffusion_block_size'] = diffusion_block_size or None
     raw_model = kind(models.GPTConfig(**shape)).to(device)
+    if weights:
+        try:
+            raw_model.load_pretrained(weights)
+        except RuntimeError as e: # torch's, of shapes and names
+            fail(f"the weights of {init_from} do not fit this model: {' '.join(str(e).split())[:300]}")
     for split in 'train', 'val': # what is wrong with a row is better said now than at the first evaluation
         next(corpus.windows(split, 1, raw_model.row_length))
     optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
-except (PrepareError, AssertionError) as e:
+except (PrepareError, AssertionError, OSError, ValueError) as e:
     fail(e)
 tokens_per_iter = gradient_accumulation_steps * batch_size * raw_model.config.block_size
 epochs_per_iter = tokens_per_iter / corpus.tokens('train')
@@ -217,16 +227,12 @@ ckpt_interval = ckpt_interval or eval_interval
 for group in (group for opt in optimizers for group in opt.param_groups):
     group['peak_lr'] = group['lr']
 iteration, best = 0, math.inf
-if resume or init_from != 'scratch':
-    path = init_from if not resume else inside(f'ckpt_{ckpt}.pt') if ckpt in ('latest', 'best') else ckpt
+if resume:
+    path = inside(f'ckpt_{ckpt}.pt') if ckpt in ('latest', 'best') else ckpt
     try:
         state = models.read_checkpoint(path)
-        raw_model.load_state_dict(state['model']) if not resume else None # objectives share the names of their parameters
     except (OSError, ValueError) as e:
         fail(e)
-    except RuntimeError as e:
-        fail(f"the weights of {path} do not fit this model: {' '.join(str(e).split())[:300]}")
-if resume:
     free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight') # of training, not of the weights
     differ = [k for k, v in asdict(raw_model.config).items() if k not in free and state['config'].get(k) != v]
     if differ or state['objective'] != objective:
@@ -374,8 +380,15 @@ def log(row):
     if whole:
         write_atomically(inside('log.csv'), lambda f: f.write(text))
     else:
-        with open(inside('log.csv'), 'ab') as f:
-            f.write(text)
+        try:
+            with open(inside('log.csv'), 'ab') as f:
+                f.write(text)
+        except OSError as e:
+            fail(f"cannot write {inside('log.csv')}: {e.strerror}; {saved()}")
+
+def saved():
+    """ what a run that ends early says """
+    return f"go on from the last checkpoint with --out_dir={out_dir} --init_from=resume" if os.path.exists(inside('ckpt_latest.pt')) else "nothing was saved yet"
 
 def save(is_best):
     state = {'format': 1, 'objective': objective, 'config': asdict(raw_model.config), 'model': raw_model.state_dict(),
@@ -452,6 +465,10 @@ def train():
         leave = somebody_asked_to_stop()
         logs = iteration % log_interval == 0 or iteration in (1, max_iters)
         evaluates = iteration % eval_interval == 0 or iteration == max_iters
+        saves = leave or iteration % ckpt_interval == 0 or iteration == max_iters
+        if (logs or evaluates or saves) and not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
+            fail(f"the run diverged: loss {loss.item():.4g}, gradient norm {norm.item():.4g} at iteration {iteration}; lower learning_rate "
+                 f"and muon_learning_rate, or lengthen warmup_iters; {saved()}")
         row = {'iteration': iteration, 'epoch': iteration * epochs_per_iter, 'tokens': iteration * tokens_per_iter}
         if logs and master:
             speed = (iteration - since) * tokens_per_iter / (time.time() - clock)
@@ -474,7 +491,7 @@ def train():
             log(row)
             if wandb_log:
                 wandb.log(row, step=iteration)
-        if master and (is_best or leave or iteration % ckpt_interval == 0 or iteration == max_iters):
+        if master and (is_best or saves):
             paused = time.time()
             save(is_best)
             clock += time.time() - paused
@@ -488,6 +505,8 @@ for s in (signal.SIGINT, signal.SIGTERM):
 try:
     finished = train()
 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+    if world > 1 and (isinstance(e, dist.DistError) or 'Connection' in str(e)):
+        sys.exit(f"error: process {rank} lost another process of the run; {saved()}")
     if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
         raise
     fail(f"out of memory on {device} at batch_size={batch_size}, block_size={block_size}: lower batch_size and raise "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, Cache, attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
+from model import GPT, OBJECTIVES, GPTConfig, Cache, attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
 SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='rmsnorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
@@ -349,6 +349,45 @@ def test_dropout_acts_in_every_place(monkeypatch):
     q = torch.randn(1, 1, 4, 8)
     for mask in 'causal', torch.ones(4, 4).bool():
         assert not torch.equal(attend(q, q, q, mask, 0.9), attend(q, q, q, mask, 0.9))
+
+# ---- weights from elsewhere
+
+def test_weights_of_nanogpt(tmp_path):
+    """ a checkpoint in its format: same logits, whatever number of rows the tables of the new model have; nothing pickled is executed """
+    torch.manual_seed(0)
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, bias=True, vocab_size=11, dropout=0.1)
+    theirs = GPT(GPTConfig(**args, **NANOGPT)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    weights = {'_orig_mod.' + k: v for k, v in theirs.state_dict().items()}
+    torch.save({'model': weights, 'optimizer': {}, 'model_args': args, 'iter_num': 7, 'best_val_loss': torch.tensor(1.5), 'config': {'seed': 1}}, tmp_path / 'ckpt.pt')
+    idx = torch.randint(11, (2, 12))
+    assert torch.allclose(GPT.from_pretrained(tmp_path / 'ckpt.pt').eval()(idx)[0], theirs(idx)[0], atol=1e-4)
+    ours = GPT.from_pretrained(tmp_path / 'ckpt.pt', vocab_size=16, text_size=11, begin_id=12, block_size=8).eval()
+    assert torch.allclose(ours(idx[:, :8])[0][..., :11], theirs(idx[:, :8])[0], atol=1e-4) and ours.config.bias and ours.config.n_positions == 9
+    assert OBJECTIVES['mdlm'].from_pretrained(tmp_path / 'ckpt.pt', mask_id=10, text_size=10).config.attention == 'full'
+    for settings, sentence in (dict(vocab_size=64), 'know 11 ids, the text has 64'), (dict(block_size=13), 'know 12 positions, block_size is 13'):
+        with pytest.raises(AssertionError, match=sentence):
+            GPT.from_pretrained(tmp_path / 'ckpt.pt', **settings)
+    torch.save({'model': {}, 'model_args': print}, tmp_path / 'unsafe.pt')
+    with pytest.raises(ValueError, match='no checkpoint that can be read'):
+        GPT.from_pretrained(tmp_path / 'unsafe.pt')
+
+def test_weights_of_gpt2(tmp_path):
+    """ a folder as Hugging Face writes it: same logits """
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=101, n_positions=24, bos_token_id=0, eos_token_id=0)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3) # large, so that gelu and its approximation differ
+    theirs.save_pretrained(tmp_path / 'gpt2')
+    idx = torch.randint(101, (2, 24))
+    ours = GPT.from_pretrained(str(tmp_path / 'gpt2')).eval()
+    assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4) and ours.config.mlp == 'gelu_tanh'
+    theirs.config.activation_function = 'relu'
+    theirs.config.save_pretrained(tmp_path / 'gpt2')
+    with pytest.raises(ValueError, match='another kind: relu'):
+        GPT.from_pretrained(str(tmp_path / 'gpt2'))
 
 def test_checkpoints_give_the_weights_asked_for(tmp_path):
     model = gpt()

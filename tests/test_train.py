@@ -24,7 +24,7 @@ TINY = ('--block_size=16 --batch_size=4 --n_layer=1 --n_head=2 --n_embd=16 --max
 def run(command, *more, code=0, launcher=(sys.executable,)):
     """ a command line of ours -> stdout and stderr in one string """
     done = subprocess.run([*launcher, *command.split(), *map(str, more)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'}) # one thread: sums have one order
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}) # one thread: sums have one order
     assert done.returncode == code, done.stdout + done.stderr
     assert 'Traceback' not in done.stderr
     return done.stdout + done.stderr
@@ -176,18 +176,54 @@ def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):
     assert 'df has no use for --steps: it takes max_new_tokens, temperature' in run('sample.py --steps=9', f'--out_dir={out}', code=2)
     assert 'mse is no bound: ' in run('-m tools.compare', out, trained[0])
 
-def test_two_processes(corpus, tmp_path):
-    """ torchrun on two gloo processes is one process with accumulation, up to the order of sums """
-    args = [*TINY, f'--dataset={corpus}', '--gradient_accumulation_steps=2', '--scoreboard_windows=2']
+def test_weights_bring_their_architecture(corpus, trained, tmp_path):
+    """ of nanoGPT, into another objective; weights of another alphabet are refused """
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=json.loads((corpus / 'meta.json').read_text())['text_size'])
+    gpt = models.GPT(models.GPTConfig(**args, pos='learned', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2'))
+    torch.save({'model': gpt.state_dict(), 'model_args': args | {'dropout': 0.0}}, tmp_path / 'ckpt.pt')
+    tiny = [a for a in TINY if 'n_' not in a]
+    run('train.py --objective=bd3lm --diffusion_block_size=4', *tiny, f'--dataset={corpus}', f'--out_dir={tmp_path}/run', f'--init_from={tmp_path}/ckpt.pt', '--scoreboard_windows=2')
+    settings = json.loads((tmp_path / 'run' / 'settings.json').read_text())
+    assert [settings[k] for k in ('n_layer', 'n_embd', 'pos', 'mlp', 'qk_norm', 'tie_weights')] == [2, 32, 'learned', 'gelu', False, True]
+    run('train.py --init_from=resume --max_iters=7', f'--out_dir={tmp_path}/run')
+    (tmp_path / 'b.txt').write_text('Another alphabet: éàü. ' * 60)
+    prepare.prepare('text', str(tmp_path / 'other'), 'char', input=str(tmp_path / 'b.txt'))
+    text = run('train.py', *TINY, f'--dataset={tmp_path}/other', f'--out_dir={tmp_path}/run2', f'--init_from={trained[0]}/ckpt_best.pt', code=2)
+    assert 'read other tokens' in text and 'chars is' in text
+
+def test_a_run_that_diverges_says_so_and_keeps_its_last_checkpoint(corpus, tmp_path):
+    args = [*TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}', '--scoreboard_windows=0']
+    run('train.py', *args)
+    text = run('train.py --init_from=resume --learning_rate=1e30 --muon_learning_rate=1e30 --grad_clip=0 --max_iters=30 --warmup_iters=0', f'--out_dir={tmp_path}', code=2)
+    assert 'the run diverged: loss ' in text and 'go on from the last checkpoint' in text
+    kept = models.read_checkpoint(tmp_path / 'ckpt_latest.pt')
+    assert all(w.isfinite().all() for w in kept['model'].values()) \
+        and 'iter 8' in run('train.py --init_from=resume --learning_rate=1e-3 --muon_learning_rate=0.01 --max_iters=8', f'--out_dir={tmp_path}')
+
+def test_what_a_disk_cannot_hold_ends_in_a_sentence(corpus, tmp_path):
+    """ files of at most 8 kB stand in for a full disk; the next run goes on from what was whole """
+    args = ['train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/run', '--scoreboard_windows=0']
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, '-c', limited, *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 2 and 'what was saved before is untouched' in done.stderr and 'Traceback' not in done.stderr
+    assert sorted(os.listdir(tmp_path / 'run')) == ['log.csv', 'settings.json']
+
+@pytest.mark.parametrize('processes, more', [(2, '--objective=ar'), (2, '--objective=mdlm --t_dist=bell'), (4, '--objective=bd3lm --diffusion_block_size=4')])
+def test_several_processes(corpus, tmp_path, processes, more):
+    """ torchrun on gloo processes is one process with accumulation, up to the order of sums; either goes on with the other's checkpoint """
+    args = [*TINY, f'--dataset={corpus}', '--gradient_accumulation_steps=4', '--scoreboard_windows=2', *more.split()]
     run('train.py', *args, f'--out_dir={tmp_path}/one')
-    run('--standalone --nproc_per_node=2 train.py', *args, f'--out_dir={tmp_path}/two', launcher=(sys.executable, '-m', 'torch.distributed.run'))
-    for a, b in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two'), strict=True):
-        assert abs(float(a['nll']) - float(b['nll'])) < 1e-5
+    run(f'--standalone --nproc_per_node={processes} train.py', *args, f'--out_dir={tmp_path}/many', launcher=(sys.executable, '-m', 'torch.distributed.run'))
+    run('train.py --init_from=resume --max_iters=9', f'--out_dir={tmp_path}/one')
+    run('train.py --init_from=resume --max_iters=9', f'--out_dir={tmp_path}/many') # on one process
+    loss = next(k for k in ('nll', 'nelbo', 'ce') if k in log_of(tmp_path / 'one')[0])
+    for a, b in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'many'), strict=True):
+        assert abs(float(a[loss]) - float(b[loss])) < 1e-5
 
 @pytest.mark.parametrize('args, sentence', [
     ('--objective=arr', "expected one of ar"), ('--norm=batchnorm', 'expected one of rmsnorm'), ('--attention=full', 'works with attention causal'),
     ('--optimizer=sgd', 'expected adamw or muon'), ('--decay=cubic', 'expected linear, cosine'), ('--dtype=float8', 'expected auto or one of'),
-    ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'expected scratch, resume'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
+    ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'GPT-2 of Hugging Face'), ('--init_from=out/ckpt.pt', 'there is no checkpoint out/ckpt.pt'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
     ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
     ('--objective=df --df_stabilization_level=0', 'pure noise'), ('--objective=df --df_chunk_size=abc', 'df_chunk_size is abc'),
     ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
