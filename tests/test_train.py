@@ -176,6 +176,19 @@ def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):
     assert 'df has no use for --steps: it takes max_new_tokens, temperature' in run('sample.py --steps=9', f'--out_dir={out}', code=2)
     assert 'mse is no bound: ' in run('-m tools.compare', out, trained[0])
 
+def test_bench(tmp_path):
+    """ every objective and nanoGPT's network take turns; what is not measured is left out """
+    small = '--block_size=16 --batch_size=2 --n_layer=1 --n_head=2 --n_embd=16 --device=cpu --threads=1'.split()
+    text = run('-m tools.bench config/quick_test.py,n_layer=1,block_size=16 objective=mdlm,sampler=ancestral,steps=5 objective=bd3lm,diffusion_block_size=4 nanogpt '
+               '--repetitions=2 --samples=1', *small, f'--output={tmp_path}/t.json')
+    first, mdlm, bd3lm, nanogpt = json.loads((tmp_path / 't.json').read_text())
+    assert all(row[k] > 0 for row in (first, mdlm, nanogpt) for k in ('train_ms', 'train_peak_bytes', 'sample_tokens_per_second')) and '1 threads, cpu' in text
+    assert first['calls'] == bd3lm['calls'] == nanogpt['calls'] == 15 and 1 <= mdlm['calls'] <= 5 and first['parameters'] > 10 * nanogpt['parameters']
+    text = run('-m tools.bench objective=ar --repetitions=0 --samples=1', *small, f'--output={tmp_path}/t.json')
+    assert 'train_ms' not in json.loads((tmp_path / 't.json').read_text())[0]
+    for args, sentence in [('', 'name contenders'), ('objectiv=ar', 'did you mean objective'), ('objective=bd3lm,diffusion_block_size=0', 'needs diffusion_block_size')]:
+        assert sentence in run(f'-m tools.bench {args}', code=2)
+
 def test_weights_bring_their_architecture(corpus, trained, tmp_path):
     """ of nanoGPT, into another objective; weights of another alphabet are refused """
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=json.loads((corpus / 'meta.json').read_text())['text_size'])

@@ -1,0 +1,161 @@
+"""
+What a training step and a sampled token cost, on this machine, in one process: contenders take turns, medians are printed, and ratios to the first.
+$ python -m tools.bench config/train_shakespeare_char.py config/train_shakespeare_char.py,objective=bd3lm nanogpt
+$ python -m tools.bench objective=ar objective=mdlm objective=bd3lm,diffusion_block_size=16 --block_size=256 --batch_size=8 --threads=1
+A contender is a config, changes to it, or both, with commas between; nanogpt is nanoGPT's network. --key=value is for all of them: any
+setting of train.py, and those below. Tokens are random, so no data is needed; a step is forward, backward, clipping and the optimizers.
+"""
+import ast
+import inspect
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from dataclasses import fields
+
+import torch
+
+import model as models
+from configurator import configure, fail
+
+repetitions = 20 # training steps of each contender; 0: none
+samples = 3 # texts of each contender; 0: none
+sample_rows = 1 # texts written at once
+new_tokens = 0 # of each text, after one token of prompt; 0: what the context holds
+sampler = None # for those that have one: see sample.py
+steps = None
+text_size = 65 # ids of text
+threads = 0 # of the CPU; 0: as many as torch takes
+output = '' # write the table there as JSON too
+
+NANOGPT = dict(objective='ar', pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2', optimizer='adamw')
+
+def train_settings():
+    """ the settings at the top of train.py, read but not run: {name: default} """
+    with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')) as f:
+        body = ast.parse(f.read()).body
+    found = {}
+    for node in body:
+        if isinstance(node, ast.Assign):
+            if node.targets[0].id == 'config': # where the settings end
+                return found
+            found[node.targets[0].id] = ast.literal_eval(node.value)
+
+def contender(text, settings):
+    """ 'config/x.py,objective=mdlm' -> all settings, as train.py would read `config/x.py --objective=mdlm` """
+    argv = []
+    for part in text.split(','):
+        argv += [f'--{k}={v}' for k, v in NANOGPT.items()] if part == 'nanogpt' else ['--' + part if '=' in part else part]
+    return configure(dict(settings), argv)
+
+def build(s, ids):
+    """ settings -> (model, optimizers) as train.py makes them, for a text of so many ids """
+    if s['objective'] not in models.OBJECTIVES:
+        fail(f"objective is {s['objective']!r}, expected one of {', '.join(models.OBJECTIVES)}")
+    own = models.OBJECTIVES[s['objective']]
+    shape = {f.name: s[f.name] for f in fields(models.GPTConfig) if f.name in s}
+    shape |= dict(text_size=ids, vocab_size=ids + 3, begin_id=ids if s['begin'] else None, mask_id=ids + 1,
+                  attention=s['attention'] or own.attentions[0], diffusion_block_size=s['diffusion_block_size'] or None)
+    device, amp, _ = models.pick_device(s['device'], s['dtype'])
+    model = own(models.GPTConfig(**shape)).to(device)
+    if device.type == 'cuda' if s['compile'] is None else s['compile']:
+        model.compile()
+    return model, amp, model.configure_optimizers(s['optimizer'], s['learning_rate'], s['muon_learning_rate'], s['weight_decay'], (s['beta1'], s['beta2']))
+
+def train_step(s, model, amp, optimizers, ids):
+    device = model.transformer.wte.weight.device
+    idx = torch.randint(ids, (s['batch_size'], model.row_length), device=device)
+    with amp:
+        model(idx, idx)[1].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), s['grad_clip'] or float('inf'))
+    for opt in optimizers:
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+def write(model, amp, rows, n, options):
+    """ -> network evaluations """
+    calls, takes = [], inspect.signature(model.generate).parameters
+    prompt = torch.zeros(rows, 1, dtype=torch.long, device=model.transformer.wte.weight.device)
+    options = {k: options[k] for k in ('sampler', 'steps') if options[k] is not None and k in takes}
+    with amp:
+        model.generate(prompt, n, on_step=lambda step, idx, probs, state: calls.append(state['nfe']), **options)
+    return calls[-1]
+
+def highest_mark():
+    """ bytes of memory that this process ever held """
+    if os.path.exists('/proc/self/status'): # getrusage remembers what the process was before exec
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+def peak_memory(s, ids, n_threads, queue):
+    """ bytes that three steps add, in a process of their own, because a process only knows its own highest mark """
+    torch.set_num_threads(n_threads)
+    before = highest_mark()
+    made = build(s, ids)
+    for _ in range(3):
+        train_step(s, *made, ids)
+    device = made[0].transformer.wte.weight.device
+    queue.put(torch.cuda.max_memory_allocated() if device.type == 'cuda' else highest_mark() - before)
+
+def seconds(call):
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+def main():
+    own = {k: v for k, v in globals().items() if k in ('repetitions', 'samples', 'sample_rows', 'new_tokens', 'sampler', 'steps', 'text_size', 'threads', 'output')}
+    settings = configure(dict(__doc__=__doc__, __file__=__file__, **own, **train_settings()), [a for a in sys.argv[1:] if a.startswith('-')])
+    names = [a for a in sys.argv[1:] if not a.startswith('-')]
+    if not names:
+        fail("name contenders: python -m tools.bench objective=ar objective=mdlm nanogpt")
+    if settings['threads']:
+        torch.set_num_threads(settings['threads'])
+    ids, spawn = settings['text_size'], multiprocessing.get_context('spawn')
+    try:
+        all_settings = [contender(name, settings) for name in names]
+        made = [build(s, ids) for s in all_settings]
+        rows = [{'contender': name, 'parameters': model.n_params(), 'threads': torch.get_num_threads(), 'device': str(model.transformer.wte.weight.device)}
+                for name, (model, *_) in zip(names, made)]
+        times = [[] for _ in names]
+        for i in range(settings['repetitions'] + 2 if settings['repetitions'] else 0):
+            for s, m, t in zip(all_settings, made, times):
+                t.append(seconds(lambda: train_step(s, *m, ids)))
+        for s, row, t in zip(all_settings, rows, times):
+            if t: # the first two warm up
+                row['train_ms'] = statistics.median(t[2:]) * 1000
+                row['train_tokens_per_second'] = s['batch_size'] * s['block_size'] / row['train_ms'] * 1000
+                queue = spawn.Queue()
+                worker = spawn.Process(target=peak_memory, args=(s, ids, torch.get_num_threads(), queue))
+                worker.start()
+                row['train_peak_bytes'] = queue.get()
+                worker.join()
+        times = [[] for _ in names]
+        for i in range(settings['samples'] + 1 if settings['samples'] else 0):
+            for s, (model, amp, _), row, t in zip(all_settings, made, rows, times):
+                n = s['new_tokens'] or s['block_size'] - 1
+                t.append(seconds(lambda: row.update(calls=write(model.eval(), amp, s['sample_rows'], n, s))) / n / s['sample_rows'])
+        for row, t in zip(rows, times):
+            if t:
+                row['sample_tokens_per_second'] = 1 / statistics.median(t[1:])
+    except (AssertionError, ValueError, RuntimeError) as e:
+        fail(str(e))
+    print('| contender | parameters | step, ms | train tokens/s | x | peak MB | sampled tokens/s | x | network calls |\n' + '|---' * 9 + '|')
+    cell = lambda row, key, form, unit=1: form.format(row[key] / unit) if key in row else ''
+    ratio = lambda row, key: cell(row, key, '{:.2f}', rows[0].get(key))
+    for row in rows:
+        print('', row['contender'], cell(row, 'parameters', '{:.2f}M', 1e6), cell(row, 'train_ms', '{:.1f}'), cell(row, 'train_tokens_per_second', '{:,.0f}'),
+              ratio(row, 'train_tokens_per_second'), cell(row, 'train_peak_bytes', '{:.0f}', 1e6), cell(row, 'sample_tokens_per_second', '{:,.0f}'),
+              ratio(row, 'sample_tokens_per_second'), row.get('calls', ''), '', sep=' | ')
+    print(f"{rows[0]['threads']} threads, {rows[0]['device']}, torch {torch.__version__}; x is the speed against the first")
+    if settings['output']:
+        with open(settings['output'], 'w') as f:
+            json.dump(rows, f, indent=2)
+
+if __name__ == '__main__':
+    main()
