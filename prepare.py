@@ -321,10 +321,17 @@ def read_meta(dataset):
             meta = json.load(f)
         if meta['format'] > _FORMAT:
             raise PrepareError(f"{path} has format {meta['format']}, newer than {_FORMAT}: update this or run {again}")
-        [meta[key] for key in ('tokenizer', 'end_id', 'text_size', 'dtype', 'splits')] # a KeyError if one is missing
+        reserved, tokens = [meta[k] for k in ('begin_id', 'mask_id', 'pad_id')], [split['tokens'] for split in meta['splits'].values()]
+        for fits, what in [
+            (meta['tokenizer'] in TOKENIZERS, f"tokenizer {meta['tokenizer']!r}"), (meta['dtype'] in ('uint16', 'uint32'), f"dtype {meta['dtype']!r}"),
+            (all(type(n) is int and n >= 0 for n in [meta['end_id'], meta['text_size'], meta['vocab_size'], *reserved, *tokens]), "a count or an id that is no number"),
+            (meta['end_id'] <= meta['text_size'] <= min(reserved) <= max(reserved) < meta['vocab_size'], "ids that are not in order"),
+            (meta['tokenizer'] != 'char' or len(meta['chars']) == meta['end_id'], "another number of chars than ids")]:
+            if not fits:
+                raise ValueError(what)
     except FileNotFoundError:
         raise PrepareError(f"there is no {path}: run {again}{nearest(dataset, names())}") from None
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise PrepareError(f"cannot make sense of {path} ({type(e).__name__}: {e}): run {again}") from None
     return meta
 

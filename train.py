@@ -123,9 +123,9 @@ master = rank == 0
 def fail(sentence):
     sys.exit(2) if not master else configurator.fail(str(sentence))
 
-def say(*words):
+def say(*words, sep=' '):
     if master:
-        print(*words, flush=True)
+        print(*words, sep=sep, flush=True)
 
 # ---- the run folder
 
@@ -198,7 +198,9 @@ try:
     kind, weights = objectives[objective], None
     if init_from not in ('scratch', 'resume') and not resume: # weights bring their architecture along
         architecture, weights, text = models.read_pretrained(init_from)
-        config |= {k: architecture[k] for k in models.ARCHITECTURE}
+        brought = {k: architecture[k] for k in models.ARCHITECTURE if architecture[k] != config[k]}
+        say(f"weights of {init_from}", *(f"{k}={v}" for k, v in brought.items()), sep=', ')
+        config |= brought
         globals().update(config)
         for k, v in text.items():
             assert corpus.meta.get(k) == v, f"the weights of {init_from} read other tokens than {dataset} has: {k} is {v!r} there, {corpus.meta.get(k)!r} here"

@@ -250,6 +250,30 @@ def test_what_reading_refuses(book):
     (book / 'meta.json').unlink()
     says(r'there is no .*meta.json: run python prepare.py NAME --dataset=')
 
+def test_damaged_files_never_end_in_a_traceback(book):
+    """ any change to meta.json and to a bin is either harmless or a sentence """
+    hypothesis = pytest.importorskip('hypothesis')
+    st, meta, val = hypothesis.strategies, json.loads((book / 'meta.json').read_text()), (book / 'val.bin').read_bytes()
+    anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(['char', 'byte', 'uint32', 'float64']),
+                            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(['train', 'val', 'tokens']), inner, max_size=2), max_leaves=4)
+    changed = st.dictionaries(st.sampled_from(sorted(meta)), anything, min_size=1, max_size=2).map(lambda changes: json.dumps({**meta, **changes}).encode())
+    without = st.sampled_from(sorted(meta)).map(lambda key: json.dumps({k: v for k, v in meta.items() if k != key}).encode())
+    bits = st.binary(max_size=9) | st.integers(0, len(val)).map(lambda n: val[:n]) | st.binary(min_size=2, max_size=2).map(lambda two: val[:-2] + two)
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None)
+    @hypothesis.given(st.just(json.dumps(meta).encode()) | changed | without | st.binary(), st.just(val) | bits)
+    def law(text, data):
+        (book / 'meta.json').write_bytes(text)
+        (book / 'val.bin').write_bytes(data)
+        try:
+            corpus = Corpus(str(book))
+            for batch in [corpus.batch('val', 2, 9, np.random.default_rng(0)), *corpus.windows('val', 8, 9)]:
+                assert batch['idx'].min() >= 0 and batch['idx'].max() < corpus.meta['text_size']
+                corpus.tokenizer.decode(batch['idx'])
+        except PrepareError as e:
+            assert '\n' not in str(e)
+    law()
+
 def test_ensure(book, tmp_path, monkeypatch, capsys):
     assert prepare.ensure(str(book)) == str(book)
     for dataset, pattern in [(str(tmp_path / 'no'), 'run python prepare.py NAME --dataset='),
