@@ -330,7 +330,7 @@ def read_meta(dataset):
             if not fits:
                 raise ValueError(what)
     except FileNotFoundError:
-        raise PrepareError(f"there is no {path}: run {again}{nearest(dataset, names())}") from None
+        raise PrepareError(f"there is no {path}: run {again}{'' if dataset in names() else nearest(dataset, names())}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise PrepareError(f"cannot make sense of {path} ({type(e).__name__}: {e}): run {again}") from None
     return meta
