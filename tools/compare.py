@@ -2,21 +2,24 @@
 The scoreboard of finished runs, side by side: nats per token, exact (=) or an upper bound (<=), on the same windows of text.
 $ python -m tools.compare out-ar out-mdlm out-bd3lm
 $ python -m tools.compare out-mdlm out-bd3lm --orders=64 --output=table.json
---orders=N adds the exact likelihood of unmasking left to right, by confidence and by margin, over the first N windows; it belongs to
-another model than the bound (a deterministic order against random ones), so it may lie on either side of it.
+--orders=N adds the exact likelihood of unmasking in deterministic orders over N windows, evenly spaced: compare those columns with each other,
+and with ar's nll of the same windows, which stands under left_to_right. They belong to another model than the bound (a deterministic
+order against random ones), so they may lie on either side of it.
 """
+import itertools
 import json
 import math
 import os
 import sys
 
+import numpy as np
 import torch
 
 import model as models
 from configurator import configure, fail
 from prepare import Corpus, PrepareError, provider
 
-orders = 0 # windows per run; 0: none. A pass per token of a block
+orders = 0 # windows per run; 0: none. A network call per token of a block and order
 batch_size = 16
 output = '' # write the table there as JSON too
 
@@ -27,19 +30,20 @@ def read_results(folder):
     except (OSError, ValueError) as e:
         fail(f"{folder} has no readable results.json ({e}): finish the run, or python train.py --out_dir={folder} --eval_only=True")
 
-def order_nats(folder, n_windows):
-    """ {order: (nats per token, standard error over windows)} of a run, {} for ar, which has one order """
+def order_nats(folder, n_windows, view):
+    """ {order: (nats per token, standard error over windows)} of a run, or of what its weights can be read as; ar has one order """
     state = models.read_checkpoint(os.path.join(folder, 'ckpt_latest.pt')) # what the scoreboard read
     dataset = state['settings']['dataset']
-    model, _ = models.load_checkpoint(state, 'cpu', 'raw', models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {}))
-    if not hasattr(model, 'nll_order'):
-        return {}
-    found = {}
-    for order in models.ORDERS:
+    model, _ = models.load_checkpoint(state, 'cpu', 'raw', models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {}), view)
+    corpus, found, ordered = Corpus(dataset), {}, hasattr(model, 'nll_order')
+    step = max(1, corpus.n_windows('val', model.row_length) // n_windows)
+    spaced = [batch['idx'] for batch in itertools.islice(corpus.windows('val', 1, model.row_length), 0, step * n_windows, step)]
+    for order in models.ORDERS if ordered else ['left_to_right'] if model.bound_name == 'nll' else []:
         means = []
-        for batch in Corpus(dataset).windows('val', batch_size, model.row_length, n_windows):
-            nats, scored = model.nll_order(*(torch.from_numpy(v) for v in batch.values()), order)
-            means.append(nats / scored)
+        for i in range(0, len(spaced), batch_size):
+            idx = torch.from_numpy(np.concatenate(spaced[i:i + batch_size]))
+            nats, scored = model.nll_order(idx, idx, order) if ordered else model.nll_bound(idx, idx)
+            means.append(nats.view(len(nats), -1)[:, 0] / scored)
             print(f"\r{folder}: {order}, {sum(map(len, means))} of {n_windows} windows ", end='', file=sys.stderr)
         means = torch.cat(means)
         found[order] = means.mean().item(), means.std().item() / len(means) ** 0.5
@@ -59,9 +63,9 @@ def main():
         for reading, numbers in results['weights'].items():
             row = {'run': folder, 'objective': results['objective'], 'reading': reading, 'parameters': results['parameters'],
                    'train_tokens_seen': results['train_tokens_seen'], **numbers['scoreboard'], 'random_windows': numbers['random_windows']}
-            if orders and reading == 'raw':
+            if orders and not reading.startswith('ema'):
                 try:
-                    row['orders'] = order_nats(folder, orders)
+                    row['orders'] = order_nats(folder, orders, reading.partition('_as_')[2] or None)
                 except (PrepareError, OSError, ValueError) as e:
                     fail(str(e))
             table.append(row)
