@@ -340,36 +340,88 @@ def random_subset(groups, eligible, k):
     chosen = rank < k.gather(1, sorted_groups)
     return torch.zeros_like(eligible).scatter(1, order, chosen) & eligible
 
-def first_hitting(hidden, steps=None):
-    """
-    Reveal one hidden position per row and network call, uniformly chosen: masked diffusion in the limit of infinitely many
-    steps, without the calls that would reveal nothing (https://arxiv.org/abs/2409.02908). Yields (B, n) bool.
-    """
-    while hidden.any():
-        r = torch.rand(hidden.shape, device=hidden.device).masked_fill(~hidden, -1.0)
-        reveal = F.one_hot(r.argmax(1), r.size(1)).bool() & hidden # a row with nothing hidden reveals nothing
-        yield reveal
-        hidden = hidden & ~reveal
+def ranks(key, among):
+    """ (B, n): how many of the tokens `among` come before each of them when the largest key is first, ties by position; all others are last """
+    return key.masked_fill(~among, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
-def ancestral(hidden, steps):
-    """
-    The reverse process in `steps` equal steps from t = 1 to 0: a token still hidden at t is revealed by s < t with probability
-    (t - s) / t, which is 1 at the last step. Steps that reveal nothing call no network. Yields (B, n) bool.
-    """
-    for i in range(steps):
-        reveal = hidden & (torch.rand(hidden.shape, device=hidden.device) < 1 / (steps - i))
-        if reveal.any():
-            yield reveal
-        hidden = hidden & ~reveal
+def leading(key, among, k):
+    """ (B, n) bool: the k (B,) of them that come first, or all if they are fewer """
+    return among & (ranks(key, among) < k[:, None])
 
-SAMPLERS = {'first_hitting': first_hitting, 'ancestral': ancestral}
-# which hidden token a deterministic order takes next: the largest value, ties by position. Where all is hidden every
-# position may predict the same, so values are rounded: else the last bit of a sum would decide
+def spread(values, where):
+    """ values (R,) of the R true positions, in their order -> (B, n), 0 elsewhere """
+    return torch.zeros(where.shape, dtype=values.dtype, device=where.device).masked_scatter_(where, values)
+
+def entropy(probs):
+    return -torch.xlogy(probs, probs).sum(-1) # of a zero it is 0, where p log p would be NaN
+
+# which hidden token comes first: the largest value, ties by position. Of the distributions (..., V) alone, as the model has them, whatever
+# is drawn later. Where all is hidden every position may predict the same, so values are rounded: else the last bit of a sum would decide
 ORDERS = {
-    'left_to_right': lambda probs: -torch.arange(probs.size(1), device=probs.device).expand(probs.shape[:2]).to(probs.dtype),
+    'left_to_right': lambda probs: probs.new_zeros(probs.shape[:-1]),
     'confidence': lambda probs: probs.max(-1).values.round(decimals=4),
+    'entropy': lambda probs: -entropy(probs).round(decimals=4),
     'margin': lambda probs: probs.topk(2).values.diff(dim=-1).neg().squeeze(-1).round(decimals=4),
 }
+
+# the share of a block that is still hidden after a share u of its steps; exactly 0 at the end
+SCHEDULES = {'linear': lambda u: 1 - u, 'cosine': lambda u: math.sin(math.pi / 2 * (1 - u))}
+
+def reverse_steps(steps, schedule):
+    """ [(t, s), ...]: the share hidden before and after each of the steps """
+    at = SCHEDULES[schedule]
+    return [(at(i / steps), at((i + 1) / steps)) for i in range(steps)]
+
+def first_hitting(hidden, total, t, s):
+    """ one: in random order masked diffusion in infinitely many steps, without those that reveal nothing (https://arxiv.org/abs/2409.02908) """
+    return hidden.any(1).long()
+
+def ancestral(hidden, total, t, s):
+    """ the reverse process: what is hidden at t is revealed by s < t with probability (t - s) / t, which is 1 at the last step """
+    return (hidden & (torch.rand(hidden.shape, device=hidden.device) < 1 - s / t)).sum(1)
+
+def fixed(hidden, total, t, s):
+    """ all but a share s of the block: linear, every step the same number, or one more (https://arxiv.org/abs/2502.09992) """
+    return hidden.sum(1) - total + (total.double() * (1 - s) + 1e-9).long() # 1e-9: 5 * (1 - 0.8) is 0.99...
+
+def threshold(hidden, rank, probs, bound):
+    """ all that the model is sure of, or else the first (https://arxiv.org/abs/2505.22618) """
+    sure = hidden & (spread(probs.max(-1).values, hidden) > bound)
+    return torch.where(sure.any(1, keepdim=True), sure, hidden & (rank < 1))
+
+def entropy_bound(hidden, rank, probs, bound):
+    """ the longest run, in order, whose joint error the entropies bound: their sum less the largest (https://arxiv.org/abs/2505.24857) """
+    h = spread(entropy(probs), hidden).gather(1, rank.argsort(dim=1))
+    n = (h.cumsum(1) - h.cummax(1).values <= bound).sum(1, keepdim=True) # grows along the run; the first is free
+    return hidden & (rank < n)
+
+# how many hidden tokens of each row, the first in `order`, a call reveals: hidden (B, n), total (B,) hidden when the block was begun,
+# the step's t and s -> (B,). Known before the call, which may then be left out
+QUOTAS = {'first_hitting': first_hitting, 'ancestral': ancestral, 'fixed': fixed}
+# which of them it reveals, where only the distributions tell: hidden, rank in `order` (B, n), probs (hidden, V), a bound -> (B, n) bool
+ACCEPTS = {'threshold': threshold, 'entropy_bound': entropy_bound}
+SAMPLERS = { # and the options that each of them reads
+    'first_hitting': ('order',),
+    'ancestral': ('steps', 'schedule', 'remask'),
+    'fixed': ('steps', 'order', 'schedule', 'remask'),
+    'threshold': ('order', 'confidence_threshold'),
+    'entropy_bound': ('order', 'entropy_budget'),
+}
+
+def choose(sampler, order, bound, hidden, k, logits):
+    """ what a call reveals, (B, n) bool, when that depends on what it predicts for all that is hidden, logits (R, V); k as by QUOTAS """
+    probs = token_probs(logits)
+    key = torch.rand(hidden.shape, device=hidden.device) if order == 'random' else spread(ORDERS[order](probs), hidden)
+    return leading(key, hidden, k) if sampler in QUOTAS else ACCEPTS[sampler](hidden, ranks(key, hidden), probs, bound)
+
+def check_sampler(sampler, **options):
+    """ a sentence for a name that does not exist and for an option that this sampler would not read """
+    for name, value, known in ('sampler', sampler, SAMPLERS), ('order', options['order'], ('random', *ORDERS)), ('schedule', options['schedule'], SCHEDULES):
+        assert value in known, f"{name} is {value!r}, expected one of {', '.join(known)}"
+    neutral = {'order': 'random', 'schedule': 'linear', 'remask': 0}
+    for name, value in options.items():
+        assert name in SAMPLERS[sampler] or value in (None, neutral.get(name)), (f"sampler {sampler} has no use for {name}={value}: leave {name} out, "
+            f"or take sampler {' | '.join(s for s in SAMPLERS if name in SAMPLERS[s])}")
 
 # -----------------------------------------------------------------------------
 # diffusion forcing: noise levels per token (https://arxiv.org/abs/2407.01392). Level k = 0 is already noisy, -1 is clean
@@ -830,52 +882,87 @@ class Denoiser(GPT):
             T = end - start
             ids = self.id_list[:T] if self.blockwise else [0] * T
             edges = [i for i in range(T + 1) if i == 0 or i == T or ids[i] != ids[i - 1]]
-            windows.append((start, end, [(s, e) for s, e in zip(edges, edges[1:]) if any(unknown[max(first, start + s):start + e])]))
+            new = [(s, e, sum(unknown[max(first, start + s):start + e])) for s, e in zip(edges, edges[1:])]
+            windows.append((start, end, [block for block in new if block[2]]))
         assert self.config.attention != 'hierarchical' or len(unknown) <= room, \
             f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {len(unknown)}"
-        if sampler == 'first_hitting':
-            assert steps is None, "first_hitting takes one step per token: leave steps out, or use sampler='ancestral'"
-            return [(s, e, [(*block, None) for block in blocks]) for s, e, blocks in windows]
+        if steps is None: # a step per token, where a sampler has steps
+            return [(s, e, [(*block, n if 'steps' in SAMPLERS[sampler] else None) for *block, n in blocks]) for s, e, blocks in windows]
         blocks = sum(len(blocks) for *_, blocks in windows)
-        steps = sum(unknown) if steps is None else steps
         assert steps >= blocks, f"{steps} steps are fewer than the {blocks} blocks to fill: each needs at least one"
         share = iter([steps * (i + 1) // blocks - steps * i // blocks for i in range(blocks)])
-        return [(s, e, [(*block, next(share)) for block in blocks]) for s, e, blocks in windows]
+        return [(s, e, [(*block, next(share)) for *block, _ in blocks]) for s, e, blocks in windows]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', temperature=1.0, top_k=None, top_p=None,
-                 stop=None, on_step=None):
+    def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', order='random', schedule='linear', confidence_threshold=None,
+                 entropy_budget=None, temperature=1.0, top_k=None, top_p=None, remask=0.0, guidance=0.0, stop=None, on_step=None):
         """
         Fill in every -1 of idx (B, T), anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays.
-        Block by block, each given the finished ones before it, whose keys and values are cached, exactly. sampler: first_hitting (one
-        token per network call and row) or ancestral (`steps` reverse steps in all, split evenly over the blocks).
-        stop: a token id; a row that wrote it is filled up with it. on_step(step, idx, probs, state): after every call, with what is
-        settled (-1 elsewhere), the distributions (R, V) of the tokens just revealed and {'nfe': network evaluations, 'done':
-        leading columns settled in every row, 'total': columns}. When the text outgrows the context, see plan.
+        Block by block, each given the finished ones before it, whose keys and values are cached, exactly. How many tokens a network call
+        reveals in each row is up to the sampler, which of them to `order`, random | confidence | entropy | margin | left_to_right (see ORDERS):
+          first_hitting: one. In random order it is exact; in any other, at temperature 1, nll_order has its exact likelihood
+          ancestral: the reverse process in `steps` steps in all, split evenly over the blocks (None: one per token); random by nature
+          fixed: the same number in each of `steps` steps
+          threshold: those of which the largest probability exceeds confidence_threshold (None: 0.9), at least one
+          entropy_bound: the first so many whose entropies (nats) less the largest add up to no more than entropy_budget (None: 0.1), at least one
+        schedule: linear | cosine, few tokens at first and many at the end, as there is more to go by. remask: after each of a block's steps but the
+        last, that share of what it has written, rounded down, is hidden again, those first that were drawn with the least probability
+        (https://arxiv.org/abs/2503.00307); the last step reveals all. Finished blocks stay. guidance: w of logits = u + (1 + w)(c - u), where u are
+        those without what idx gives (https://arxiv.org/abs/2207.12598); such a call counts 2, as each row is read twice.
+        stop: a token id; a row that wrote it is filled up with it. on_step(step, idx, probs, state): after every call, with what stands
+        (-1 elsewhere), the distributions (R, V) of the tokens just revealed and {'nfe': network evaluations, 'done': leading columns
+        settled for good in every row, 'total': columns}. When the text outgrows the context, see plan.
         """
-        assert sampler in SAMPLERS, f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}"
-        B, lead = idx.size(0), self.lead
+        check_sampler(sampler, steps=steps, order=order, schedule=schedule, remask=remask, confidence_threshold=confidence_threshold, entropy_budget=entropy_budget)
+        assert 0 <= remask < 1, f"remask is {remask}, expected a share in [0, 1)"
+        assert guidance >= 0, f"guidance is {guidance}, expected 0 (off) or more"
+        bound = {'threshold': confidence_threshold, 'entropy_bound': entropy_budget}.get(sampler)
+        bound = {'threshold': 0.9, 'entropy_bound': 0.1}.get(sampler) if bound is None else bound
+        assert bound is None or bound >= 0, f"{SAMPLERS[sampler][-1]} is {bound}, expected 0 or more"
+        B, lead, looks, halves = idx.size(0), self.lead, order != 'random' or sampler in ACCEPTS, 1 + (guidance > 0)
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
-        unknown, nfe = out == -1, 0
+        unknown, step, nfe = out == -1, 0, 0
+        assert not guidance or (~unknown).any(1).all(), "guidance compares with a text whose prompt is hidden, and there is a row without a prompt"
         windows = self.plan(unknown.any(0), steps, sampler)
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
             for start, end, blocks in windows:
                 text = F.pad(out[:, start:end], (lead, 0), value=self.config.begin_id or 0)
                 text = text.masked_fill(text == -1, self.config.mask_id) # (B, lead + T)
+                if guidance: # (2B, lead + T), the second half without what is given
+                    text = torch.cat((text, text.masked_fill(F.pad(~unknown[:, start:end], (lead, 0)), self.config.mask_id)))
                 ids = F.pad(self.ids[:end - start] + lead, (lead, 0))
-                cache, read = Cache(self, B, len(ids)) if self.blockwise else None, 0
+                cache, read = Cache(self, len(text), len(ids)) if self.blockwise else None, 0
                 for s, e, n in blocks:
                     s, e = s + lead, e + lead
-                    hidden = out[:, start + s - lead:start + e - lead] == -1
-                    for reveal in SAMPLERS[sampler](hidden, n):
-                        b, i = reveal.nonzero(as_tuple=True) # (R,) rows and positions within the block
-                        x = self.read(text[:, read:e], read, s, ids[:e], cache) # (B, e - read, C)
-                        probs = token_probs(self.logits(x[b, i + s - read]), temperature, top_k, top_p) # (R, V)
-                        text[b, i + s] = out[b, i + start + s - lead] = draw(probs)
-                        read, nfe = s if self.blockwise else 0, nfe + 1
+                    block, page = out[:, start + s - lead:start + e - lead], text.unflatten(0, (halves, B))[..., s:e] # views, to write on
+                    own = block == -1 # what this block may write and rewrite
+                    drawn = torch.zeros(own.shape, device=own.device) # the probability of what it wrote
+                    for t, rest in reverse_steps(n, schedule) if n else [(1.0, 0.0)] * (e - s): # each call reveals at least one
+                        hidden = block == -1
+                        k = QUOTAS[sampler](hidden, own.sum(1), t, rest) if sampler in QUOTAS else hidden.any(1)
+                        if not k.any():
+                            continue
+                        rows = hidden if looks else leading(torch.rand(own.shape, device=own.device), hidden, k)
+                        b, i = rows.nonzero(as_tuple=True) # (R,) rows and positions within the block
+                        x = self.read(text[:, read:e], read, s, ids[:e], cache) # (halves * B, e - read, C)
+                        x = x.unflatten(0, (halves, B))[:, b, i + s - read]
+                        logits = self.logits(x[1] + (1 + guidance) * (x[0] - x[1]) if guidance else x[0]) # (R, V); they are linear in x
+                        if looks:
+                            chosen = choose(sampler, order, bound, hidden, k, logits)[b, i]
+                            b, i, logits = b[chosen], i[chosen], logits[chosen]
+                        probs = token_probs(logits, temperature, top_k, top_p) # (R, V)
+                        block[b, i] = page[:, b, i] = token = draw(probs)
+                        read, step, nfe = s if self.blockwise else 0, step + 1, nfe + halves
+                        if remask and rest > 0:
+                            drawn[b, i] = token_probs(logits).gather(1, token[:, None])[:, 0]
+                            written = own & (block != -1)
+                            again = leading(-drawn, written, (remask * written.sum(1).double() + 1e-9).long())
+                            block.masked_fill_(again, -1)
+                            page.masked_fill_(again, self.config.mask_id)
                         if on_step is not None:
-                            done = int((out != -1).all(0).long().cumprod(0).sum())
-                            on_step(nfe, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
+                            final = start + s - lead if remask and rest > 0 else out.size(1)
+                            done = min(final, int((out != -1).all(0).long().cumprod(0).sum()))
+                            on_step(step, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
                     if stop is not None: # what a row wrote after its first stop does not count
                         stopped = ((out == stop) & unknown).cumsum(1) > 0
                         out.masked_fill_(stopped & unknown, stop)
@@ -1013,7 +1100,7 @@ class MDLM(Denoiser):
     def nll_order(self, idx, targets, order='confidence', block_ids=None):
         """
         Exact -log p (nats, (B,)) of the text, and its scored tokens, under the model that reveals one token per call in a deterministic order, a
-        function of what is revealed so far (https://arxiv.org/abs/2603.01367): left_to_right | confidence | margin. It is
+        function of what is revealed so far (https://arxiv.org/abs/2603.01367): left_to_right | confidence | entropy | margin. It is
         another model than nll_bound's, so it may lie on either side of it. Costs as many passes as a block has tokens.
         """
         assert order in ORDERS, f"order is {order!r}, expected one of {', '.join(ORDERS)}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, MDLM, OBJECTIVES, SAMPLERS, GPTConfig, dense_mask, random_subset
+from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, dense_mask, leading, random_subset, reverse_steps
 
 KINDS = [ # every way to denoise: objective, attention, block size, segments, more
     ('mdlm', dict(attention='full')),
@@ -278,7 +278,7 @@ def test_random_subsets():
 # ---- orders
 
 @pytest.mark.parametrize('kind', TINY)
-@pytest.mark.parametrize('order', ['left_to_right', 'confidence', 'margin'])
+@pytest.mark.parametrize('order', ['left_to_right', 'confidence', 'entropy', 'margin'])
 @torch.no_grad()
 def test_order_likelihood_sums_to_one_and_is_its_definition(kind, order):
     model, x = tiny(kind[0], **kind[1])
@@ -291,7 +291,8 @@ def test_order_likelihood_sums_to_one_and_is_its_definition(kind, order):
             xt[:, group] = 7
             p = log_probs(model, xt, text)[0].exp()
             top = p.topk(2).values
-            key = {'left_to_right': lambda i: -i, 'confidence': lambda i: round(top[i, 0].item(), 4), 'margin': lambda i: round((top[i, 0] - top[i, 1]).item(), 4)}[order]
+            key = {'left_to_right': lambda i: -i, 'confidence': lambda i: round(top[i, 0].item(), 4), 'margin': lambda i: round((top[i, 0] - top[i, 1]).item(), 4),
+                   'entropy': lambda i: -round(-sum(q * math.log(q) for q in p[i].tolist() if q > 0), 4)}[order]
             i = max(group, key=lambda i: (key(i), -i))
             group.remove(i)
             expected -= p[i, text[0, i]].log().item()
@@ -505,7 +506,8 @@ def test_ancestral_reveals_exactly_as_many_as_the_process():
     torch.manual_seed(0)
     for steps in 1, 2, 5, 40:
         hidden, revealed = torch.ones(4000, 6).bool(), []
-        for reveal in SAMPLERS['ancestral'](hidden, steps):
+        for t, s in reverse_steps(steps, 'linear'):
+            reveal = leading(torch.rand(4000, 6), hidden, QUOTAS['ancestral'](hidden, hidden.sum(1), t, s))
             assert not (reveal & ~hidden).any()
             revealed.append(reveal.sum().item())
             hidden = hidden & ~reveal
@@ -525,11 +527,11 @@ def test_a_step_reveals_at_the_exact_rate_however_rare():
     """ P20: many rare tokens against a nearly certain [MASK]; a float32 race over all of them would reveal half as often """
     torch.manual_seed(0)
     hidden, n = torch.ones(2000, 1000).bool(), 2_000_000
-    revealed = next(SAMPLERS['ancestral'](hidden, 10000)).sum().item() # 1e-4 of them
+    revealed = QUOTAS['ancestral'](hidden, hidden.sum(1), *reverse_steps(10000, 'linear')[0]).sum().item() # 1e-4 of them
     assert abs(revealed - n * 1e-4) < 4 * math.sqrt(n * 1e-4)
 
 @every_kind
-@pytest.mark.parametrize('sampler', ['first_hitting', 'ancestral'])
+@pytest.mark.parametrize('sampler', list(SAMPLERS))
 @torch.no_grad()
 def test_writing_keeps_what_is_given_and_caches_exactly(kind, sampler, monkeypatch):
     """ P10, P13, P21: given tokens, different prompt lengths, gaps, ragged blocks; the cached passes equal uncached ones """
