@@ -353,7 +353,8 @@ def spread(values, where):
     return torch.zeros(where.shape, dtype=values.dtype, device=where.device).masked_scatter_(where, values)
 
 def entropy(probs):
-    return -torch.xlogy(probs, probs).sum(-1) # of a zero it is 0, where p log p would be NaN
+    """ in nats, (..., V) -> (...); xlogy, because 0 log 0 is 0 here and not NaN """
+    return -torch.xlogy(probs, probs).sum(-1)
 
 # which hidden token comes first: the largest value, ties by position. Of the distributions (..., V) alone, as the model has them, whatever
 # is drawn later. Where all is hidden every position may predict the same, so values are rounded: else the last bit of a sum would decide
@@ -400,6 +401,7 @@ def entropy_bound(hidden, rank, probs, bound):
 QUOTAS = {'first_hitting': first_hitting, 'ancestral': ancestral, 'fixed': fixed}
 # which of them it reveals, where only the distributions tell: hidden, rank in `order` (B, n), probs (hidden, V), a bound -> (B, n) bool
 ACCEPTS = {'threshold': threshold, 'entropy_bound': entropy_bound}
+BOUNDS = {'threshold': 0.9, 'entropy_bound': 0.1} # where confidence_threshold (a probability), entropy_budget (nats) are not given
 SAMPLERS = { # and the options that each of them reads
     'first_hitting': ('order',),
     'ancestral': ('steps', 'schedule', 'remask'),
@@ -916,8 +918,7 @@ class Denoiser(GPT):
         check_sampler(sampler, steps=steps, order=order, schedule=schedule, remask=remask, confidence_threshold=confidence_threshold, entropy_budget=entropy_budget)
         assert 0 <= remask < 1, f"remask is {remask}, expected a share in [0, 1)"
         assert guidance >= 0, f"guidance is {guidance}, expected 0 (off) or more"
-        bound = {'threshold': confidence_threshold, 'entropy_bound': entropy_budget}.get(sampler)
-        bound = {'threshold': 0.9, 'entropy_bound': 0.1}.get(sampler) if bound is None else bound
+        bound = next((b for b in (confidence_threshold, entropy_budget) if b is not None), BOUNDS.get(sampler))
         assert bound is None or bound >= 0, f"{SAMPLERS[sampler][-1]} is {bound}, expected 0 or more"
         B, lead, looks, halves = idx.size(0), self.lead, order != 'random' or sampler in ACCEPTS, 1 + (guidance > 0)
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)

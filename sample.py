@@ -2,11 +2,14 @@
 Write text with a trained model:
 $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=2
 $ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0.7 --top_p=0.95
+Fill in gaps, given what stands on both sides, with a masked or block diffusion model:
+$ python sample.py --out_dir=out-shakespeare-bd3lm --start="ROMEO:[[40]]and[[12]]my love." --max_new_tokens=0
 The samples go to stdout as they come, everything else to stderr.
 """
 
 import inspect
 import os
+import re
 import sys
 import time
 
@@ -21,14 +24,21 @@ out_dir = 'out' # the run's folder
 ckpt = 'best' # best | latest | the path of a checkpoint
 weights = 'ema' # ema (if the run averaged its weights) | raw
 view = None # what else the weights can be read as: ar (of a run with clean_causal or ar_weight)
-start = '' # the prompt; FILE:prompt.txt reads it from a file
+start = '' # the prompt; FILE:prompt.txt reads it from a file. [[40]] is a gap of 40 tokens to fill in, \[[ stands for [[ itself
 num_samples = 3
-max_new_tokens = 400
+max_new_tokens = 400 # behind the prompt; 0: only fill in its gaps
 temperature = 0.8 # 1: as trained, below: more likely text, 0: always the likeliest token
 top_k = None # draw from the k likeliest tokens only
 top_p = None # draw from the fewest tokens whose probabilities add up to p
-sampler = None # mdlm, bd3lm: first_hitting (their default, one token per network call) | ancestral (several, in `steps` steps)
-steps = None # ancestral: reverse steps in all, split evenly over the blocks; None: as many as new tokens
+# how denoise, mdlm and bd3lm write; None: not given. A sampler refuses what it has no use for
+sampler = None # first_hitting (their default, one token per network call) | ancestral | fixed | threshold | entropy_bound (several)
+steps = None # ancestral, fixed: reverse steps in all, split evenly over the blocks; None: one per new token
+order = None # which hidden tokens come first, but for ancestral: random (the default) | confidence | entropy | margin | left_to_right
+schedule = None # ancestral, fixed: linear (the default) | cosine, few tokens per step at first, many at the end
+confidence_threshold = None # threshold: take every token the model is surer of than this probability; None: 0.9
+entropy_budget = None # entropy_bound: nats of entropy that the tokens of one call may have together, less the largest; None: 0.1
+remask = None # ancestral, fixed: share of what a block has written that each step but its last hides again, the least probable first
+guidance = None # how far to overstate what the prompt changes, 0 (not at all, the default) or more; doubles the cost
 stop = None # end a sample at this token: end (the end id), or the text of one token
 stream = True # samples one after another, each as it is written; False: all in one batch, faster, shown at the end
 seed = 1337
@@ -36,10 +46,25 @@ device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mp
 dtype = 'auto' # auto (bfloat16 on cuda that has it, else float32) | float32 | bfloat16 | float16
 # -----------------------------------------------------------------------------
 
+# what a setting may be whose default, None, does not say it
+KINDS = {int: ('top_k', 'steps'), (int, float): ('top_p', 'confidence_threshold', 'entropy_budget', 'remask', 'guidance'), str: ('sampler', 'order', 'schedule')}
+
+def check_kinds(config):
+    for kind, names in KINDS.items():
+        for name in names:
+            if config[name] is not None and (isinstance(config[name], bool) or not isinstance(config[name], kind)):
+                what = {int: 'a whole number', str: 'a name'}.get(kind, 'a number')
+                raise PrepareError(f"{name} is {config[name]!r}, expected {what}")
+
 def encode_prompt(tokenizer, start):
-    """ (1, T) token ids of the prompt, FILE: resolved """
+    """ (1, T) token ids of the prompt, FILE: resolved; -1, so many times, where it has a gap like [[40]] """
     text = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
-    return torch.tensor(tokenizer.encode(text), dtype=torch.long)[None]
+    ids = []
+    for i, piece in enumerate(re.split(r'(?<!\\)\[\[([0-9]+)\]\]', text)): # text, length of a gap, text, ...
+        if i % 2 and int(piece) == 0:
+            raise PrepareError(f"the prompt has a gap of no tokens, [[{piece}]]; if this is text, write \\[[{piece}]]")
+        ids += [-1] * int(piece) if i % 2 else list(tokenizer.encode(piece.replace('\\[[', '[[')))
+    return torch.tensor(ids, dtype=torch.long)[None]
 
 def stop_id(tokenizer, stop):
     if stop is None or stop == 'end':
@@ -50,33 +75,59 @@ def stop_id(tokenizer, stop):
     return int(ids[0])
 
 def until(ids, stop, given):
-    """ a finished sample without the stop token and what follows it; the prompt may contain one """
-    ended = [i for i in range(given, len(ids)) if ids[i] == stop]
-    return ids[:ended[0]] if ended else ids
+    """ a finished sample without the first stop token the model wrote and all that it wrote after it; given: positions of the prompt's own """
+    end = next((i for i, token in enumerate(ids) if token == stop and i not in given), len(ids))
+    return [token for i, token in enumerate(ids) if i < end or i in given]
+
+class Progress:
+    """ how much of `total` tokens is written and how long the rest takes, on stderr: one changing line on a terminal, else a line every 10 s """
+    def __init__(self, total, given):
+        self.total, self.given, self.finished, self.live, self.shown = total, given, 0, sys.stderr.isatty(), False
+        self.begun = self.told = time.time()
+
+    def __call__(self, idx):
+        """ idx (B, n): what is settled of the samples being written, their prompts included, -1 elsewhere """
+        now = time.time()
+        if now - self.told < (0.5 if self.live else 10):
+            return
+        written, self.told, self.shown = self.finished + int((idx != -1).sum()) - len(idx) * self.given, now, self.live
+        left = (now - self.begun) * (self.total - written) / max(1, written)
+        line = f"{written} of {self.total} tokens, {now - self.begun:.0f} s, {left:.0f} s left"
+        print(f"\r{line}\033[K" if self.live else line, end='' if self.live else '\n', file=sys.stderr, flush=True)
+
+    def clear(self):
+        """ make room for text on the same terminal """
+        if self.shown:
+            print('\r\033[K', end='', file=sys.stderr, flush=True)
+        self.shown = False
 
 class Printer:
     """ an on_step that prints a single row as far as it is certain; half a UTF-8 character waits for its other half """
-    def __init__(self, tokenizer, stop, given):
-        self.tokenizer, self.stop, self.given, self.shown, self.nfe = tokenizer, stop, given, 0, 0
+    def __init__(self, tokenizer, stop, given, progress):
+        self.tokenizer, self.stop, self.given, self.progress, self.shown, self.nfe = tokenizer, stop, given, progress, 0, 0
 
     def __call__(self, step, idx, probs, state):
         self.nfe = state['nfe']
         if len(idx) == 1: # only what nothing can change any more: up to the first gap
             self.write(until(idx[0, :state['done']].tolist(), self.stop, self.given), last=False)
+        if not (self.shown and sys.stdout.isatty()): # where text appears line by line, it is the progress
+            self.progress(idx)
 
     def write(self, ids, last=True):
         text = self.tokenizer.decode(ids)
         text = text if last else text.rstrip('\ufffd')
-        print(text[self.shown:], end='', flush=True)
+        if text[self.shown:]:
+            self.progress.clear()
+            print(text[self.shown:], end='', flush=True)
         self.shown = max(self.shown, len(text))
 
 def main():
     config = configure(globals())
     path = os.path.join(out_dir, f'ckpt_{ckpt}.pt') if ckpt in ('best', 'latest') else ckpt
     try:
-        for name in 'num_samples', 'max_new_tokens':
-            if config[name] < 1:
-                raise PrepareError(f"{name} is {config[name]}, expected at least 1")
+        check_kinds(config)
+        if num_samples < 1:
+            raise PrepareError(f"num_samples is {num_samples}, expected at least 1")
         where, amp, _ = models.pick_device(device, dtype)
         if not os.path.exists(path):
             raise PrepareError(f"there is no checkpoint {path}: name the folder of a run with --out_dir, train one first with train.py")
@@ -86,29 +137,35 @@ def main():
         tokenizer = Tokenizer(state['meta'])
         first = start or '\n' * (model.config.begin_id is None) # something must come first
         prompt, stop_at = encode_prompt(tokenizer, first).to(where), stop_id(tokenizer, stop)
+        given = set((prompt[0] != -1).nonzero()[:, 0].tolist())
+        gaps = prompt.size(1) - len(given) # tokens
+        if max_new_tokens < (gaps == 0):
+            raise PrepareError(f"max_new_tokens is {max_new_tokens}, expected at least 1, or 0 and a gap like [[40]] in --start")
         print(f"loaded {path}: {state['objective']}{f' as {view}' if view else ''}, {model.n_params() / 1e6:.2f}M parameters, iteration {state['iteration']} on "
               f"{state['settings']['dataset']}, {'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
               f"{state['meta']['tokenizer']} tokens, {where}", file=sys.stderr)
-        options = {k: config[k] for k in ('temperature', 'top_k', 'top_p', 'sampler', 'steps') if config[k] is not None}
+        options = {k: config[k] for k in ('temperature', *(name for names in KINDS.values() for name in names)) if config[k] is not None}
         takes = inspect.signature(model.generate).parameters
         for option in sorted(options.keys() - takes.keys()):
             raise PrepareError(f"{view or state['objective']} has no use for --{option}: it takes {', '.join(k for k in config if k in takes)}")
         torch.manual_seed(seed)
-        clock, evaluations = time.time(), 0
+        clock, evaluations, tokens = time.time(), 0, num_samples * (max_new_tokens + gaps)
+        progress = Progress(tokens, len(given))
         for rows in [1] * num_samples if stream else [num_samples]:
-            printer = Printer(tokenizer, stop_at, prompt.size(1))
+            printer = Printer(tokenizer, stop_at, given, progress)
             with amp:
                 out = model.generate(prompt.expand(rows, -1), max_new_tokens, stop=stop_at, on_step=printer, **options)
             for i, ids in enumerate(out.tolist()):
                 printer.shown = printer.shown if i == 0 else 0
-                printer.write(until(ids, stop_at, prompt.size(1)))
+                printer.write(until(ids, stop_at, given))
                 print('\n---------------', flush=True)
             evaluations += printer.nfe
+            progress.finished += rows * (max_new_tokens + gaps)
     except (PrepareError, AssertionError, ValueError, OSError) as e:
         fail(str(e))
     seconds = time.time() - clock
-    print(f"{num_samples * max_new_tokens} tokens at most, {evaluations} network evaluations, {seconds:.1f} s, "
-          f"{num_samples * max_new_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    progress.clear()
+    print(f"{tokens} tokens at most, {evaluations} network evaluations, {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
 if __name__ == '__main__':
     try:

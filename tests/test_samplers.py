@@ -1,14 +1,21 @@
 """
 Laws of the samplers: what they have in common, what each one promises, what an order means (P-numbers as in test_diffusion).
 """
+import dataclasses
 import inspect
+import io
 import math
+import re
+import runpy
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import sample
 from model import ACCEPTS, ORDERS, QUOTAS, SAMPLERS, SCHEDULES, entropy, leading, ranks, reverse_steps, spread
+from prepare import PrepareError, Tokenizer, vocabulary
 from test_diffusion import build, tiny
 
 KINDS = [('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)), ('bd3lm', dict(diffusion_block_size=3, begin_id=6)), ('denoise', {}),
@@ -336,3 +343,100 @@ def test_unknown_names_and_unused_options_end_in_sentences():
         model.generate(torch.tensor([[1], [-1]]), 7, guidance=1.0)
     for name, options in SAMPLERS.items(): # every option is one of generate's, and read
         assert set(options) <= set(inspect.signature(model.generate).parameters) and (name in QUOTAS) != (name in ACCEPTS)
+
+# ---- sample.py
+
+META = vocabulary('char', ['ROMEO: and my love.[]\\\n0123456789'])
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory):
+    """ untrained models, as train.py would have saved them """
+    paths = {}
+    for name, more in ('ar', {}), ('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)):
+        ids = {k: META[k] for k in ('vocab_size', 'text_size', 'begin_id', 'mask_id')}
+        model = build(name, dtype=torch.float, block_size=64, **ids, **more)
+        paths[name] = tmp_path_factory.mktemp(name) / 'ckpt_best.pt'
+        torch.save({'format': 1, 'objective': name, 'config': dataclasses.asdict(model.config), 'model': model.state_dict(), 'ema': None,
+                    'iteration': 0, 'settings': {'dataset': 'text'}, 'meta': META}, paths[name])
+    return paths
+
+@pytest.fixture
+def sample_py(checkpoints, monkeypatch, capsys):
+    """ the script as a command, with fresh settings, but in this process, which has torch already -> stdout, stderr """
+    def run(name, *args, code=0):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', f'--ckpt={checkpoints[name]}', '--device=cpu', *args])
+        try:
+            runpy.run_path(sample.__file__, run_name='__main__')
+            left = 0
+        except SystemExit as e:
+            left = e.code
+        done = capsys.readouterr()
+        assert left == code, done.err
+        return done.out, done.err
+    return run
+
+@pytest.mark.parametrize('name', ['mdlm', 'bd3lm'])
+def test_infills_keep_what_is_given(sample_py, tmp_path, name):
+    """ several gaps, of the lengths that were asked for; a literal [[; a stop in a gap ends the writing, not what is given """
+    start = 'ROMEO: [[12]]and \\[[4]] my[[3]]love.\n[[1]]'
+    (tmp_path / 'start.txt').write_text(start)
+    expected = r'ROMEO: [\s\S]{12}and \[\[4\]\] my[\s\S]{3}love\.\n[\s\S]'
+    for more in [], ['--stream=False'], ['--sampler=fixed', '--steps=16', '--remask=0.3', '--order=margin', '--guidance=0.5']:
+        for given in start, f'FILE:{tmp_path}/start.txt':
+            out, err = sample_py(name, f'--start={given}', '--max_new_tokens=0', '--num_samples=2', *more)
+            samples = out.split('\n---------------\n')
+            assert len(samples) == 3 and samples[2] == '' and all(re.fullmatch(expected, s) for s in samples[:2]), out
+            assert '32 tokens at most' in err
+    longer, _ = sample_py(name, '--start=ROMEO: [[4]]love.', '--max_new_tokens=3', '--num_samples=1')
+    assert re.fullmatch(r'ROMEO: [\s\S]{4}love\.[\s\S]{3}\n---------------\n', longer)
+    gap = lambda *more: re.fullmatch(r'ROMEO: ([\s\S]*)love\.\n---------------\n', sample_py(name, '--start=ROMEO: [[40]]love.', '--max_new_tokens=0', '--num_samples=1', *more)[0])[1]
+    plain = gap()
+    stop = next(c for c in plain[5:] if c.isalpha())
+    assert len(plain) == 40 and gap(f'--stop={stop}') == plain[:plain.index(stop)]
+
+def test_prompts_with_gaps():
+    tokenizer, encode = Tokenizer(META), lambda start: sample.encode_prompt(Tokenizer(META), start)[0].tolist()
+    text = lambda ids: tokenizer.decode([i for i in ids if i != -1])
+    assert encode('[[3]]') == [-1] * 3
+    for start, gaps, given in [('a[[2]][[1]]o', 3, 'ao'), ('\\[[2]]', 0, '[[2]]'), ('[[a]] [[ ]]', 0, '[[a]] [[ ]]'), ('\\\\[[2]]', 0, '\\[[2]]'),
+                               ('[ [2]]\\[2', 0, '[ [2]]\\[2'), ('[[[2]]]', 2, '[]')]:
+        ids = encode(start)
+        assert (ids.count(-1), text(ids)) == (gaps, given)
+    with pytest.raises(PrepareError, match=r'gap of no tokens, \[\[0\]\]'):
+        encode('love[[0]]')
+    assert sample.until([1, 2, 9, 3, 9, 4], 9, {0, 1, 3}) == [1, 2, 3] and sample.until([9, 1, 9, 2], 9, {0}) == [9, 1] and sample.until([1], None, set()) == [1]
+
+def test_settings_reach_generate_or_are_refused(sample_py):
+    for args, word in [(['--sampler=fixed', '--confidence_threshold=0.5'], 'sampler fixed has no use for confidence_threshold=0.5'), (['--order=luck'], 'expected one of random'),
+                       (['--remask=a'], "remask is 'a', expected a number"), (['--steps=2.5'], 'steps is 2.5, expected a whole number'), (['--sampler=[1]'], 'sampler is [1], expected a name'),
+                       (['--max_new_tokens=0'], 'max_new_tokens is 0, expected at least 1, or 0 and a gap like [[40]]'), (['--num_samples=0'], 'num_samples is 0')]:
+        assert word in sample_py('mdlm', '--start=my', *args, code=2)[1]
+    assert 'ar has no use for --guidance' in sample_py('ar', '--guidance=1', code=2)[1]
+    assert 'a prompt has a gap' in sample_py('ar', '--start=my[[4]]love', code=2)[1]
+    _, err = sample_py('mdlm', '--start=my', '--max_new_tokens=20', '--num_samples=2', '--sampler=fixed', '--steps=5', '--guidance=1')
+    assert '40 tokens at most, 20 network evaluations' in err
+    names = [k for k in inspect.signature(build('mdlm').generate).parameters if k not in ('idx', 'on_step')]
+    assert all(hasattr(sample, k) for k in names) # the same names here and there
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return self.tty
+
+@pytest.mark.parametrize('tty', [True, False])
+def test_progress(monkeypatch, tty):
+    """ on stderr, at intervals; on a terminal one line, which text clears """
+    clock, err, out = [100.0], Screen(), Screen()
+    err.tty = out.tty = tty
+    monkeypatch.setattr(sample.time, 'time', lambda: clock[0])
+    monkeypatch.setattr(sys, 'stderr', err)
+    monkeypatch.setattr(sys, 'stdout', out)
+    progress = sample.Progress(40, 2)
+    printer, idx = sample.Printer(Tokenizer(META), None, {0, 1}, progress), torch.full((1, 42), -1)
+    idx[0, :2], idx[0, 22:32] = 0, 0
+    for now in 100.1, 110.0, 110.1:
+        clock[0] = now
+        printer(1, idx, None, {'nfe': 1, 'done': 0})
+    assert err.getvalue() == ('\r10 of 40 tokens, 10 s, 30 s left\033[K' if tty else '10 of 40 tokens, 10 s, 30 s left\n') and out.getvalue() == ''
+    clock[0] = 130.0
+    printer(2, idx, None, {'nfe': 2, 'done': 2})
+    assert len(out.getvalue()) == 2 and err.getvalue().endswith('\r\033[K' if tty else '30 s, 90 s left\n')
