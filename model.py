@@ -884,12 +884,12 @@ class Denoiser(GPT):
             T = end - start
             ids = self.id_list[:T] if self.blockwise else [0] * T
             edges = [i for i in range(T + 1) if i == 0 or i == T or ids[i] != ids[i - 1]]
-            new = [(s, e, sum(unknown[max(first, start + s):start + e])) for s, e in zip(edges, edges[1:])]
-            windows.append((start, end, [block for block in new if block[2]]))
+            counted = [(s, e, sum(unknown[max(first, start + s):start + e])) for s, e in zip(edges, edges[1:])]
+            windows.append((start, end, [block for block in counted if block[2]]))
         assert self.config.attention != 'hierarchical' or len(unknown) <= room, \
             f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {len(unknown)}"
         if steps is None: # a step per token, where a sampler has steps
-            return [(s, e, [(*block, n if 'steps' in SAMPLERS[sampler] else None) for *block, n in blocks]) for s, e, blocks in windows]
+            return [(s, e, [(*block, hidden if 'steps' in SAMPLERS[sampler] else None) for *block, hidden in blocks]) for s, e, blocks in windows]
         blocks = sum(len(blocks) for *_, blocks in windows)
         assert steps >= blocks, f"{steps} steps are fewer than the {blocks} blocks to fill: each needs at least one"
         share = iter([steps * (i + 1) // blocks - steps * i // blocks for i in range(blocks)])

@@ -121,6 +121,26 @@ def test_logits_only_where_they_are_needed(sampler):
             before = [16] + [int((idx == -1).sum()) for idx, *_ in calls[:-1]]
             assert seen == (before if order == 'margin' or sampler in ACCEPTS else revealed(calls))
 
+@pytest.mark.parametrize('remask', [0.0, 0.5])
+@pytest.mark.parametrize('guidance', [0.0, 1.5])
+@torch.no_grad()
+def test_every_call_reads_what_stands(guidance, remask):
+    """ its distributions and its choice, from the text that the call before left; what is called settled stays """
+    model, given = build('mdlm'), torch.tensor([[1, 3, -1, -1, -1, 0, -1, -1]])
+    states = lambda x: model.logits(model.one_stream(x.masked_fill(x == -1, 7)))[0, :, :5]
+    for seed in range(10):
+        out, calls = write(model, given, 8, seed, sampler='fixed', order='confidence', steps=16, guidance=guidance, remask=remask)
+        before, calls = given, [c for c in calls if (c[0][:, 8:] == -1).all()] # the first window
+        for idx, probs, state in calls:
+            u = states(before.masked_fill(given != -1, -1))
+            p = (u + (1 + guidance) * (states(before) - u)).softmax(-1)
+            hidden = (before[0] == -1).nonzero()[:, 0].tolist()
+            first = sorted(hidden, key=lambda i: (-ORDERS['confidence'](p)[i].item(), i))[:len(probs)]
+            assert torch.allclose(probs[:, :5].double(), p[sorted(first)], atol=1e-5)
+            assert torch.equal(idx[:, :state['done']], out[:, :state['done']])
+            before = idx[:, :8]
+        assert len(calls) > 4
+
 # ---- orders
 
 @pytest.mark.parametrize('order', list(ORDERS))
@@ -152,9 +172,10 @@ def test_orders_by_hand():
     first = {name: ORDERS[name](p).argmax().item() for name in ORDERS}
     assert first == {'left_to_right': 0, 'confidence': 1, 'entropy': 0, 'margin': 1}
     assert torch.allclose(entropy(p)[0], torch.tensor(math.log(2)))
-    tie, hidden = torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([[True, False, True, True]])
-    assert ranks(tie, hidden).tolist() == [[2, 3, 0, 1]] and leading(tie, hidden, torch.tensor([9])).tolist() == hidden.tolist()
-    assert spread(torch.tensor([5.0, 6.0, 7.0]), hidden).tolist() == [[5, 0, 6, 7]]
+    key, hidden = torch.tensor([[2.0, 9.0, 1.0, 3.0, 3.0]]), torch.tensor([[True, False, True, True, True]])
+    assert ranks(key, hidden).tolist() == [[2, 4, 3, 0, 1]] and leading(key, hidden, torch.tensor([9])).tolist() == hidden.tolist()
+    assert leading(key, hidden, torch.tensor([1])).int().tolist() == [[0, 0, 0, 1, 0]]
+    assert spread(torch.tensor([5.0, 6.0, 7.0, 8.0]), hidden).tolist() == [[5, 0, 6, 7, 8]]
 
 @torch.no_grad()
 def test_confidence_decoding_by_hand():
