@@ -149,9 +149,9 @@ def main():
     cell = lambda row, key, form, unit=1: form.format(row[key] / unit) if key in row else ''
     ratio = lambda row, key: cell(row, key, '{:.2f}', rows[0].get(key))
     for row in rows:
-        print('', row['contender'], cell(row, 'parameters', '{:.2f}M', 1e6), cell(row, 'train_ms', '{:.1f}'), cell(row, 'train_tokens_per_second', '{:,.0f}'),
+        print('|', ' | '.join([row['contender'], cell(row, 'parameters', '{:.2f}M', 1e6), cell(row, 'train_ms', '{:.1f}'), cell(row, 'train_tokens_per_second', '{:,.0f}'),
               ratio(row, 'train_tokens_per_second'), cell(row, 'train_peak_bytes', '{:.0f}', 1e6), cell(row, 'sample_tokens_per_second', '{:,.0f}'),
-              ratio(row, 'sample_tokens_per_second'), row.get('calls', ''), '', sep=' | ')
+              ratio(row, 'sample_tokens_per_second'), str(row.get('calls', ''))]), '|')
     print(f"{rows[0]['threads']} threads, {rows[0]['device']}, torch {torch.__version__}; x is the speed against the first")
     if settings['output']:
         with open(settings['output'], 'w') as f:
