@@ -665,7 +665,7 @@ class GPT(nn.Module):
         probs = self.next_token_logits(inputs).softmax(-1)
         scored = targets != -1
         return {'accuracy': (probs.argmax(-1) == targets)[scored].float().mean().item(),
-                'entropy': -torch.xlogy(probs, probs).sum(-1)[scored].mean().item()}
+                'entropy': entropy(probs)[scored].mean().item()}
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None, on_step=None):
