@@ -3,6 +3,7 @@ The commands are the tests: train.py and sample.py as a user runs them, with tin
 """
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import torch
 
 import model as models
 import prepare
+from tools import quality
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ('--block_size=16 --batch_size=4 --n_layer=1 --n_head=2 --n_embd=16 --max_iters=6 --warmup_iters=2 --log_interval=1 '
@@ -163,6 +165,26 @@ def test_diffusion_trains_and_writes(corpus, trained, tmp_path, objective):
         assert text.index('nll =') and text.count('| bd3lm, raw as ar |') == 1
         both = {row.split('|')[2].strip(): row.count('+-') for row in text.splitlines() if row.count('|') > 9}
         assert both['ar, raw'] == both['bd3lm, raw as ar'] == 1 and both['bd3lm, raw'] >= 3 and both['ar, ema'] == 0
+
+    else:
+        tool = ['--num_samples=3', '--prompt=5', '--new_tokens=4', f'--judge={trained[0]}', f'--output={tmp_path}/t.json']
+        text = run('-m tools.quality', f'{out},sampler=fixed|ancestral,steps=2', *tool, '--suffix=7', '--examples=1')
+        held, fixed, ancestral = json.loads((tmp_path / 't.json').read_text())
+        assert fixed['nfe'] == 2 and 1 <= ancestral['nfe'] <= 2 and text.count('steps=2\n[') == 2 and all(held[k] > 0 for k in ('nll', 'nll_behind', 'entropy'))
+        assert 'cannot see what stands behind' in run('-m tools.quality', trained[0], *tool, '--suffix=7', code=2)
+        assert 'expected ar, whose likelihood is exact' in run(f'-m tools.quality {out} --judge={out}', code=2)
+        assert 'has no use for sampler' in run('-m tools.quality', f'{trained[0]},sampler=fixed', *tool, code=2)
+
+def test_what_quality_counts(corpus, trained):
+    """ the judge's nats of some tokens, in texts of one and of three contexts, and the variety of texts that can be counted by hand """
+    critic, idx = models.load_checkpoint(trained[0] / 'ckpt_best.pt')[0], torch.from_numpy(next(prepare.Corpus(str(corpus)).windows('val', 2, 40))['idx'])
+    targets = torch.where((torch.arange(40) >= 10) & (torch.arange(40) < 36), idx, -1)
+    logp = torch.cat([critic(torch.nn.functional.pad(part[:, :-1], (1, 0), value=critic.config.begin_id))[0].log_softmax(-1) for part in idx.split(16, 1)], 1)
+    nats, scored = quality.judged(critic, idx, targets)
+    assert scored.tolist() == [26, 26] and torch.allclose(nats, -logp.gather(2, idx[:, :, None])[:, 10:36, 0].sum(1), rtol=1e-5)
+    found = quality.variety([[0, 1, 0, 1, 0], [0, 1, 2, 3, 4]], 2) # 01 10 01 10 and 01 12 23 34
+    assert found['distinct'] == 5 / 8 and found['repetition'] == 2 / 8 and abs(found['entropy'] - -sum(p * math.log(p) for p in (.4, .3, .1, .1, .1))) < 1e-12
+    assert [row[0] for row in quality.contenders(['a,x=1|2,y=b'])] == ['a,x=1,y=b', 'a,x=2,y=b'] and quality.contenders(['a,t=0.5'])[0][2] == {'t': 0.5}
 
 def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):
     """ from the weights of ar; what it reports is called what it is """

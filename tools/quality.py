@@ -1,0 +1,180 @@
+"""
+How good samples are, beside what they cost: runs and ways to sample them, one row each, under the headline of the held-out text itself.
+$ python -m tools.quality out-mdlm "out-mdlm,sampler=ancestral,steps=16|32|64" out-bd3lm,sampler=threshold --judge=out-ar
+$ python -m tools.quality out-mdlm --judge=out-ar --prompt=48 --new_tokens=32 --suffix=48 --examples=5
+A contender is the folder of a run and options of its generate, with commas between; a|b|c is a row for each. --judge is an ar run on the same
+text (or what ar reads in a run): its nats per token of what the samples add, lower is likelier, and far below the text's own is repetitive.
+Held-out text stands in front of what is written (--prompt) and behind it (--suffix: a gap is filled in), and no sample may change it.
+A judge alone is fooled by dull text, so read its column beside the others: unigram entropy of what is written (nats), distinct-n (the share
+of n-grams that are different, of all samples together) and repetition (the share of n-grams that the same sample had before).
+"""
+import inspect
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+
+import model as models
+from configurator import configure, fail
+from prepare import Corpus, PrepareError, Tokenizer, provider
+
+judge = '' # the folder of an ar run; folder:ar is what ar reads in a run with ar_weight
+num_samples = 64 # texts per row
+batch_size = 16 # texts written at once
+prompt = 0 # tokens of held-out text before what is written
+new_tokens = 0 # of each text; 0: what is left of the judge's context
+suffix = 0 # tokens of held-out text behind it; then nll behind is the judge's view of how well they follow
+ngram = 4 # n of distinct-n and repetition
+examples = 0 # texts of each row to print, what was given in [brackets]
+weights = 'ema' # ema (if the run averaged its weights) | raw
+threads = 0 # of the CPU; 0: as many as torch takes
+seed = 1337
+device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mps | cpu
+output = '' # write the table there as JSON too
+
+def value(text):
+    """ an option as typed: a number where it is one, else a name """
+    for kind in int, float:
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+def contenders(names):
+    """ ['run,steps=8|16', ...] -> [('run,steps=8', 'run', {'steps': 8}), ...] """
+    found = []
+    for name in names:
+        folder, *options = name.split(',')
+        for option in options:
+            if '=' not in option:
+                fail(f"{name}: {option!r} is no option, expected key=value, or key=a|b for a row each")
+        keys = [option.partition('=')[0] for option in options]
+        for choice in itertools.product(*(option.partition('=')[2].split('|') for option in options)):
+            found.append((','.join([folder, *(f'{k}={v}' for k, v in zip(keys, choice))]), folder, {k: value(v) for k, v in zip(keys, choice)}))
+    return found
+
+def load(folder, where):
+    """ 'folder' or 'folder:view' -> (model, its checkpoint's dict) """
+    folder, _, view = folder.partition(':')
+    state = models.read_checkpoint(os.path.join(folder, 'ckpt_best.pt'))
+    return models.load_checkpoint(state, where, weights, models.OBJECTIVES | provider(state['settings']['dataset']).get('OBJECTIVES', {}), view or None)
+
+def judged(model, idx, targets):
+    """ nats of the scored tokens of rows (B, N), summed per row, and how many they are, both (B,); a long row is read context by context """
+    nats, scored, step = 0, 0, model.row_length - (model.config.begin_id is None)
+    for i in range(0, idx.size(1), step):
+        part = slice(i, i + model.row_length)
+        if (targets[:, part] != -1).any():
+            n, s = model.nll_bound(idx[:, part], targets[:, part])
+            nats, scored = nats + n[:, 0], scored + s
+    return nats, scored
+
+def variety(rows, n):
+    """ rows of ids (B, N) -> unigram entropy in nats, distinct-n of all, and the mean share of n-grams that a row had before """
+    grams = [[tuple(row[i:i + n]) for i in range(len(row) - n + 1)] for row in rows]
+    unigrams = Counter(token for row in rows for token in row)
+    p = np.array(list(unigrams.values())) / unigrams.total()
+    total, distinct = sum(map(len, grams)), len({gram for row in grams for gram in row})
+    return {'entropy': float(-(p * np.log(p)).sum()), 'distinct': distinct / max(1, total),
+            'repetition': 1 - sum(len(set(row)) for row in grams) / max(1, total)}
+
+def write(model, text, gap, options):
+    """ held-out rows (B, N) with `gap`, a slice, written anew -> (rows, network evaluations); ar cannot see what is behind a gap """
+    calls, start, end = [0], gap.start, gap.stop
+    note = lambda step, idx, probs, state: calls.append(state['nfe'])
+    if end == text.size(1):
+        out = model.generate(text[:, :start], end - start, on_step=note, **options)
+    else:
+        out = model.generate(torch.cat((text[:, :start], torch.full_like(text[:, gap], -1), text[:, end:]), dim=1), 0, on_step=note, **options)
+    given = torch.ones(text.size(1), dtype=torch.bool)
+    given[gap] = False
+    assert (out[:, given] == text[:, given]).all(), "a sample changed given text"
+    return out, calls[-1]
+
+def measure(out, gap, critic):
+    """ rows (B, N) of which `gap`, a slice, was written -> the columns about quality """
+    columns = {}
+    for name, part in ('nll', gap), ('nll_behind', slice(gap.stop, None)):
+        targets = torch.full_like(out, -1)
+        targets[:, part] = out[:, part]
+        if (targets != -1).any():
+            with torch.no_grad():
+                nats, scored = judged(critic, out, targets)
+            means = (nats / scored.clamp(min=1)).double()
+            columns[name], columns[name + '_stderr'] = (nats.sum() / scored.sum()).item(), (means.std() / len(means) ** 0.5).item()
+    return columns | variety(out[:, gap].tolist(), ngram)
+
+def main():
+    names = [a for a in sys.argv[1:] if not a.startswith('-')]
+    configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+    rows = contenders(names)
+    if not rows or not judge:
+        fail("name runs and a judge: python -m tools.quality out-mdlm out-bd3lm --judge=out-ar")
+    for name, least in ('num_samples', 2), ('batch_size', 1), ('prompt', 0), ('new_tokens', 0), ('suffix', 0), ('ngram', 1):
+        if globals()[name] < least:
+            fail(f"{name} is {globals()[name]}, expected at least {least}")
+    if threads:
+        torch.set_num_threads(threads)
+    table, texts, begun = [], [], time.time()
+    try:
+        where, _, _ = models.pick_device(device)
+        critic, state = load(judge, where)
+        assert critic.bound_name == 'nll', f"the judge {judge} is {state['objective']}, expected ar, whose likelihood is exact; of a run with ar_weight, {judge}:ar"
+        corpus, tokenizer, meta = Corpus(state['settings']['dataset']), Tokenizer(state['meta']), state['meta']
+        runs = {folder: load(folder, where) for _, folder, _ in rows}
+        for folder, (model, other) in runs.items():
+            assert all(other['meta'].get(k) == meta.get(k) for k in ('tokenizer', 'chars')), f"{folder} and the judge {judge} do not write in the same tokens"
+        new = new_tokens or critic.config.block_size - prompt - suffix
+        assert new >= 1, f"prompt {prompt} and suffix {suffix} leave nothing of the judge's context of {critic.config.block_size}: set new_tokens"
+        first = prompt or int(any(model.config.begin_id is None for model in (critic, *(m for m, _ in runs.values())))) # something must come first
+        gap, length = slice(first, first + new), first + new + suffix
+        windows = corpus.n_windows('val', length)
+        assert windows >= num_samples, f"the held-out text has {windows} windows of {length} tokens, fewer than num_samples={num_samples}"
+        spaced = itertools.islice(corpus.windows('val', 1, length), 0, windows // num_samples * num_samples, windows // num_samples)
+        held_out = torch.from_numpy(np.concatenate([batch['idx'] for batch in spaced])).to(where)
+        table.append({'contender': 'the held-out text', **measure(held_out, gap, critic)})
+        texts.append(held_out)
+        for done, (name, folder, options) in enumerate(rows):
+            left = f", {(time.time() - begun) / done * (len(rows) - done):.0f} s left" if done else ''
+            print(f"{done} of {len(rows)} rows{left}; now {name}", file=sys.stderr)
+            model, (_, other) = runs[folder][0], runs[folder]
+            takes = inspect.signature(model.generate).parameters
+            for option in options:
+                assert option in takes and option not in ('idx', 'max_new_tokens', 'on_step'), f"{name}: {other['objective']} has no use for {option}"
+            assert not suffix or 'sampler' in takes, f"{name}: {other['objective']} cannot see what stands behind a gap: leave out --suffix"
+            torch.manual_seed(seed)
+            started, calls, out = time.perf_counter(), 0, []
+            for text in held_out.split(batch_size):
+                written, nfe = write(model, text, gap, options)
+                out.append(written)
+                calls += nfe
+            seconds = time.perf_counter() - started
+            texts.append(torch.cat(out))
+            table.append({'contender': name, **measure(texts[-1], gap, critic), 'nfe': calls / len(out),
+                          'tokens_per_second': num_samples * new / seconds, 'samples': num_samples, 'new_tokens': new})
+    except (PrepareError, AssertionError, ValueError, OSError, TypeError) as e:
+        fail(str(e))
+    behind = suffix > 0
+    print('| contender | judge nll |', ' nll behind |' * behind, f' entropy | distinct-{ngram} | repetition | NFE | tokens/s |\n' + '|---' * (7 + behind) + '|', sep='')
+    for row in table:
+        cost = f"{row['nfe']:.0f} | {row['tokens_per_second']:,.0f}" if 'nfe' in row else ' | '
+        print(f"| {row['contender']} | {row['nll']:.3f} +- {row['nll_stderr']:.3f} |" + (f" {row['nll_behind']:.3f} |" if behind else ''),
+              f"{row['entropy']:.3f} | {row['distinct']:.3f} | {row['repetition']:.3f} | {cost} |")
+    print(f"{num_samples} texts of {new} new tokens each, {batch_size} at once, {torch.get_num_threads()} threads, {where}; judge {judge}, {weights} weights")
+    for row, out in zip(table, texts):
+        for ids in out[:examples].tolist():
+            before, own, after = (tokenizer.decode(part) for part in (ids[:gap.start], ids[gap], ids[gap.stop:]))
+            print(f"--- {row['contender']}\n" + (f"[{before}]" if before else '') + own + (f"[{after}]" if after else ''))
+    if output:
+        with open(output, 'w') as f:
+            json.dump([{k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()} for row in table], f, indent=2)
+
+if __name__ == '__main__':
+    main()
