@@ -275,8 +275,8 @@ class Block(nn.Module):
         qk_norm = self.attn.qk_norm if 'qk_norm' in self.attn else None
         return self.ln_1, self.attn.c_attn, qk_norm, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj
 
-    def forward(self, x, rope, mask, cache=None, rows=None):
-        """ rows: how many rows, counted from the first, anybody needs after this layer (None: all) """
+    def forward(self, x, rope, mask, cache=None, rows=None, only=None):
+        """ what anybody needs after this layer: rows, so many of them, counted from the first; only (R,), some of those, flat -> (R, C) """
         ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj = self.parts() if cache is None else cache.parts[self.layer]
         B, T, C = x.shape
         # attention
@@ -292,8 +292,10 @@ class Block(nn.Module):
             k, v = cache.append(self.layer, k, v) # (B, H, length + T, D)
         if rows is not None:
             x, q = x[:, :rows], q[:, :, :rows]
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        x = x + drop(attn_proj(y.transpose(1, 2).reshape(B, -1, C)), self)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0).transpose(1, 2).reshape(B, -1, C)
+        if only is not None:
+            x, y = x.flatten(0, 1)[only], y.flatten(0, 1)[only]
+        x = x + drop(attn_proj(y), self)
         # mlp
         h = c_fc(ln_2(x))
         if self.gated:
@@ -602,18 +604,19 @@ class GPT(nn.Module):
             return None
         return self.rope[:, pos, None, None].to(dtype).expand(-1, -1, 2, self.config.n_head, -1).contiguous()
 
-    def trunk(self, x, pos, mask, cache=None, rows=None):
+    def trunk(self, x, pos, mask, cache=None, rows=None, only=None):
         """
         x (B, N, C) at positions pos (N,) -> (B, N, C), normalised; mask as in attend. cache: the rows follow what it keeps.
-        rows: only so many, counted from the first, are wanted, so the last layer computes no others.
+        rows: only so many, counted from the first, are wanted, so the last layer computes no others. only (R,): of those, (B, rows) counted
+        flat, just these -> (R, C): of what only they need, the MLP of the last layer, nothing is computed for the others.
         """
         rope = self.rotations(pos, x.dtype) if cache is None else cache.open(x.size(1))
         for block in self.transformer.h:
-            last = rows if block is self.transformer.h[-1] else None
+            last = (rows, only) if block is self.transformer.h[-1] else (None, None)
             if self.config.grad_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, None, last, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, None, *last, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache, last)
+                x = block(x, rope, mask, cache, *last)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -792,8 +795,8 @@ class Denoiser(GPT):
             self._masks[key] = make()
         return self._masks[key]
 
-    def one_stream(self, xt, block_ids=None):
-        """ xt (B, T), hidden or not, sees itself through the attention pattern -> (B, T, C) """
+    def one_stream(self, xt, block_ids=None, only=None):
+        """ xt (B, T), hidden or not, sees itself through the attention pattern -> (B, T, C), or of `only` (R,), flat indices, (R, C) """
         T, pos = xt.size(1), torch.arange(xt.size(1), device=xt.device)
         assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
         if block_ids is not None:
@@ -802,11 +805,11 @@ class Denoiser(GPT):
             mask = 'full'
         else:
             mask = 'causal' if self.config.attention == 'causal' else self.kept((T, xt.device), lambda: self.mask(self.ids[:T]))
-        return self.trunk(self.embed(xt, pos), pos, mask)
+        return self.trunk(self.embed(xt, pos), pos, mask, only=only)
 
-    def two_stream(self, xt, x0, block_ids=None, clean_too=False):
+    def two_stream(self, xt, x0, block_ids=None, clean_too=False, only=None):
         """
-        Every block of xt (B, T) sees itself and the clean blocks before it -> (B, T, C), one pass for all blocks.
+        Every block of xt (B, T) sees itself and the clean blocks before it -> (B, T, C), one pass for all blocks; only as in one_stream.
         clean_too: the states of the clean rows follow, those of begin, x0[:, :-1].
         """
         T, lead = xt.size(1), self.lead
@@ -816,13 +819,13 @@ class Denoiser(GPT):
         n = T - 1 if clean_too or block_ids is not None else self.id_list.index(self.id_list[T - 1])
         clean = F.pad(x0[:, :n], (lead, 0), value=self.config.begin_id or 0)
         if clean.size(1) == 0: # one block spans the sequence
-            return self.one_stream(xt, block_ids)
+            return self.one_stream(xt, block_ids, only)
         mask = self.two_stream_mask(ids, T, n) if block_ids is not None else \
             self.kept((T, n, xt.device), lambda: self.two_stream_mask(ids, T, n))
         # a noisy token stands where its clean copy stands
         pos = torch.cat((torch.arange(T, device=xt.device) + lead, torch.arange(n + lead, device=xt.device)))
         x = torch.cat((xt, clean), dim=1)
-        return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T)
+        return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T, only=only)
 
     def two_stream_mask(self, ids, T, n):
         """
@@ -841,18 +844,19 @@ class Denoiser(GPT):
         return noisy, clean
 
     def ce(self, x, targets, rows):
-        """ states x (B, T, C) -> logits (R, V) and cross-entropies (R,) of the rows, flat indices into B * T """
-        logits = self.logits(x.flatten(0, 1)[rows])
+        """ states x (R, C) of the rows (R,), flat indices into targets (B, T) -> their logits (R, V) and cross-entropies (R,) """
+        logits = self.logits(x)
         return logits, F.cross_entropy(logits, targets.flatten()[rows].clamp(min=0), reduction='none')
 
     def forward(self, idx, targets=None, block_ids=None):
         # corrupt: the provider did
-        # attend
-        x = self.one_stream(idx, block_ids)
-        # loss
         if targets is None:
-            return self.logits(x), None
-        logits, ce = self.ce(x, targets, (targets.flatten() != -1).nonzero()[:, 0])
+            return self.logits(self.one_stream(idx, block_ids)), None
+        # attend
+        rows = (targets.flatten() != -1).nonzero()[:, 0]
+        x = self.one_stream(idx, block_ids, rows)
+        # loss
+        logits, ce = self.ce(x, targets, rows)
         return logits, ce.sum() / max(1, len(ce))
 
     def nll_bound(self, idx, targets, n_samples=1, block_ids=None):
@@ -945,8 +949,9 @@ class Denoiser(GPT):
                             continue
                         rows = hidden if looks else leading(torch.rand(own.shape, device=own.device), hidden, k)
                         b, i = rows.nonzero(as_tuple=True) # (R,) rows and positions within the block
-                        x = self.read(text[:, read:e], read, s, ids[:e], cache) # (halves * B, e - read, C)
-                        x = x.unflatten(0, (halves, B))[:, b, i + s - read]
+                        at = b * (e - read) + s - read + i # flat, of what is read
+                        only = torch.cat((at, at + B * (e - read))) if guidance else at
+                        x = self.read(text[:, read:e], read, s, ids[:e], cache, only).unflatten(0, (halves, len(b))) # (halves, R, C)
                         logits = self.logits(x[1] + (1 + guidance) * (x[0] - x[1]) if guidance else x[0]) # (R, V); they are linear in x
                         if looks:
                             chosen = choose(sampler, order, bound, hidden, k, logits)[b, i]
@@ -971,16 +976,16 @@ class Denoiser(GPT):
                             return out
         return out
 
-    def read(self, text, first, s, ids, cache):
+    def read(self, text, first, s, ids, cache, only):
         """
-        One pass over the rows from `first` on -> their states. Rows before s are settled and not yet in the cache, which keeps them
-        from now on; the others are the block being written.
+        One pass over the rows from `first` on -> the states of `only` (R,), flat indices. Rows before s are settled and not yet in the
+        cache, which keeps them from now on; the others are the block being written.
         """
         if cache is None: # the row is denoised as a whole
-            return self.one_stream(text)
+            return self.one_stream(text, only=only)
         row = torch.arange(len(ids), device=text.device)
         mask = 'full' if first == s else dense_mask(ids, row >= s, self.config.clean_causal, row[first:]) # a new shape each time
-        x = self.trunk(self.embed(text, row[first:]), row[first:], mask, cache)
+        x = self.trunk(self.embed(text, row[first:]), row[first:], mask, cache, only=only)
         cache.keep(s - first)
         return x
 
@@ -1030,10 +1035,13 @@ class MDLM(Denoiser):
         masked = (torch.rand(idx.shape, device=idx.device) < t) & self.scored(targets, groups)
         return idx.masked_fill(masked, self.config.mask_id), masked, t
 
-    def nelbo(self, x, targets, masked, t, block_ids=None):
-        """ states x (B, T, C) -> logits of the rows that count and the loss: nats per scored token """
+    def rows(self, masked, block_ids=None):
+        """ what the loss is about: (R,) flat indices of masked (B, T), the hidden tokens and, to a fixed number, some others """
+        return masked.flatten().int().argsort(descending=True, stable=True)[:self.enough_rows(*masked.shape, block_ids)]
+
+    def nelbo(self, x, rows, targets, masked, t, block_ids=None):
+        """ states x (R, C) of the rows (R,) -> their logits and the loss: nats per scored token """
         groups, _ = self.groups(targets, block_ids)
-        rows = masked.flatten().int().argsort(descending=True, stable=True)[:self.enough_rows(*masked.shape, block_ids)]
         logits, ce = self.ce(x, targets, rows)
         # 1/t: a token is hidden with probability t, so this undoes how rarely we ask about it
         weight = 1 / t if self.config.single_ratio_per_sequence else torch.full_like(t, 2 / (self.config.t_min + self.config.t_max))
@@ -1061,18 +1069,19 @@ class MDLM(Denoiser):
         # corrupt
         xt, masked, t = self.corrupt(idx, targets, block_ids)
         # attend
-        x = self.one_stream(xt, block_ids)
+        rows = self.rows(masked, block_ids)
+        x = self.one_stream(xt, block_ids, rows)
         # loss
-        logits, loss = self.nelbo(x, targets, masked, t, block_ids)
+        logits, loss = self.nelbo(x, rows, targets, masked, t, block_ids)
         return logits, loss + ar_loss
 
     def views(self):
         """ weights that learned to read on are a GPT too """
         return {'ar': as_ar(self)} if self.config.clean_causal or self.config.ar_weight else {}
 
-    def denoise(self, xt, x0, block_ids=None):
+    def denoise(self, xt, x0, block_ids=None, only=None):
         """ states as generation has them: with clean blocks before each noisy one, where it writes block by block """
-        return self.two_stream(xt, x0, block_ids) if self.blockwise else self.one_stream(xt, block_ids)
+        return self.two_stream(xt, x0, block_ids, only=only) if self.blockwise else self.one_stream(xt, block_ids, only)
 
     @torch.no_grad()
     def nll_bound(self, idx, targets, n_samples=1, block_ids=None):
@@ -1090,8 +1099,8 @@ class MDLM(Denoiser):
             u = (stratum + torch.rand(n.shape, device=idx.device)) / n_samples
             k = torch.minimum((u * n).long() + 1, n)
             masked = random_subset(groups, scored, k)
-            x = self.denoise(idx.masked_fill(masked, self.config.mask_id), idx, block_ids)
             rows = masked.flatten().nonzero()[:, 0]
+            x = self.denoise(idx.masked_fill(masked, self.config.mask_id), idx, block_ids, rows)
             weight = (n / k.clamp(min=1)).gather(1, groups).flatten()[rows]
             _, ce = self.ce(x, targets, rows)
             nats.append(ce.new_zeros(len(idx)).index_add(0, rows // idx.size(1), ce * weight))
@@ -1146,10 +1155,10 @@ class BD3LM(MDLM):
         # corrupt
         xt, masked, t = self.corrupt(idx, targets, block_ids)
         # attend
-        dual, T = self.config.ar_weight > 0, idx.size(1)
-        x = self.two_stream(xt, idx, block_ids, clean_too=dual)
+        dual, T, rows = self.config.ar_weight > 0, idx.size(1), self.rows(masked, block_ids)
+        x = self.two_stream(xt, idx, block_ids, clean_too=dual, only=None if dual else rows)
         # loss
-        logits, loss = self.nelbo(x[:, :T], targets, masked, t, block_ids)
+        logits, loss = self.nelbo(x[:, :T].flatten(0, 1)[rows] if dual else x, rows, targets, masked, t, block_ids)
         if dual: # the clean rows are a GPT: their next-token loss costs no pass
             _, targets = self.shift(idx, targets)
             loss = loss + self.config.ar_weight * self.next_token_loss(self.logits(x[:, T:]), targets)

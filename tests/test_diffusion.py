@@ -1,6 +1,7 @@
 """
 Laws of masked and block diffusion, by enumeration of tiny spaces where that decides (P-numbers: the list of properties in the comments).
 """
+import functools
 import itertools
 import math
 
@@ -540,20 +541,30 @@ def test_writing_keeps_what_is_given_and_caches_exactly(kind, sampler, monkeypat
     prompt = torch.randint(5, (3, 6))
     prompt[0, 1:], prompt[1, 4:], prompt[2, 2] = -1, -1, -1
     settled, errors, cached = torch.zeros(3, 0, dtype=torch.long), [], type(model).read
-    def read(text, first, s, ids, cache):
+    def read(text, first, s, ids, cache, only):
         nonlocal settled
-        x = cached(model, text, first, s, ids, cache)
+        x = cached(model, text, first, s, ids, cache, only)
         if cache is not None: # the same once more, over everything so far and without a cache
             whole, pos = torch.cat((settled[:, :first], text), 1), torch.arange(len(ids))
             settled = whole[:, :s]
             y = model.trunk(model.embed(whole, pos), pos, dense_mask(ids, pos >= s, model.config.clean_causal))
-            errors.append((x - y[:, first:]).abs().max().item())
+            errors.append((x - y[:, first:].flatten(0, 1)[only]).abs().max().item())
         return x
     monkeypatch.setattr(model, 'read', read)
     out = model.generate(prompt, 2, sampler=sampler)
     assert out.shape == (3, 8) and out.min() >= 0 and out.max() < 5
     assert torch.equal(out[:, :6][prompt != -1], prompt[prompt != -1])
     assert max(errors, default=0) < 1e-9 and bool(errors) == model.blockwise
+
+@every_kind
+@torch.no_grad()
+def test_only_some_states_are_the_same_states(kind):
+    """ the last layer leaves out what nobody asked for; training, bounds and sampling ask for hidden tokens only """
+    model, x = build(kind[0], **kind[1]), torch.randint(5, (3, 8))
+    xt, only = x.masked_fill(torch.rand(3, 8) < 0.5, 7), torch.randperm(24)[:9]
+    for states in (model.one_stream, *([functools.partial(model.two_stream, x0=x)] if model.blockwise else [])):
+        assert torch.allclose(states(xt, only=only), states(xt).flatten(0, 1)[only], atol=1e-12)
+        assert states(xt, only=only[:0]).shape == (0, model.config.n_embd)
 
 @every_kind
 @torch.no_grad()
