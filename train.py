@@ -151,8 +151,12 @@ if resume: # the run's own settings, then what this command line says
             saved = json.load(f)
     except (OSError, ValueError) as e:
         fail(f"there is no run to resume in {out_dir}: {inside('settings.json')} cannot be read ({e})")
+    own = saved['init_from']
     saved |= {k: config[k] for k in ('out_dir', 'init_from', 'ckpt', 'eval_only')} # of this command, not of the run
     config = configure({k: saved.get(k, v) for k, v in config.items()})
+    if ckpt == 'latest' and not eval_only and not os.path.exists(inside('ckpt_latest.pt')): # killed before its first checkpoint
+        say(f"nothing was saved in {out_dir} yet: beginning at iteration 0")
+        resume, config['init_from'] = False, own
     globals().update(config)
 elif os.path.exists(inside('settings.json')):
     fail(f"{out_dir} already holds a run: go on with it by --init_from=resume, or choose another --out_dir")

@@ -102,6 +102,18 @@ def test_checkpoints_by_interval_by_epoch_and_from_best(corpus, tmp_path):
     text = run('train.py --eval_only=True --ckpt=best', f'--out_dir={out}')
     assert 'random windows' in text and 'iter ' not in text
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(trained, corpus, tmp_path):
+    """ from the weights it began with, which resuming must not forget """
+    first = ['train.py', *TINY, f'--dataset={corpus}', f'--init_from={trained[0]}/ckpt_best.pt', '--scoreboard_windows=0']
+    run(*first, f'--out_dir={tmp_path}/whole')
+    os.makedirs(tmp_path / 'part')
+    for name in 'settings.json', 'log.csv':
+        (tmp_path / 'part' / name).write_bytes((tmp_path / 'whole' / name).read_bytes())
+    assert 'already holds a run' in run(*first, f'--out_dir={tmp_path}/part', code=2)
+    assert 'nothing was saved' in run('train.py --init_from=resume', f'--out_dir={tmp_path}/part')
+    assert log_of(tmp_path / 'part') == log_of(tmp_path / 'whole')
+    assert json.loads((tmp_path / 'part' / 'settings.json').read_text())['init_from'].endswith('ckpt_best.pt')
+
 def test_provider_objectives_need_no_change_here(corpus, tmp_path):
     """ an objective is a class and a row; one from outside trains, evaluates, resumes and samples """
     import shutil
