@@ -37,7 +37,7 @@ def net(x, k):
 def build(seed=0, **settings):
     """ a small model with large random weights """
     torch.manual_seed(seed)
-    model = DFGPT(GPTConfig(**{**dict(block_size=7, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=8), **settings})).eval()
+    model = DFGPT(GPTConfig(**{**dict(block_size=7, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=8, df_objective='pred_noise'), **settings})).eval()
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
@@ -304,7 +304,7 @@ VARIANTS = [{}, dict(pos='learned'), dict(pos='learned', df_x0_wpe=True), dict(d
 @pytest.mark.parametrize('more', VARIANTS)
 def test_loss_starts_finite_repeats_with_the_seed_and_reaches_every_parameter(more):
     torch.manual_seed(0)
-    model, idx, losses = DFGPT(GPTConfig(**{**dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16), **more})), torch.randint(11, (4, 16)), []
+    model, idx, losses = DFGPT(GPTConfig(**{**dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, df_objective='pred_noise'), **more})), torch.randint(11, (4, 16)), []
     assert (model.df_head.weight == 0).all()
     for seed in 1, 1, 2:
         torch.manual_seed(seed)
@@ -474,6 +474,105 @@ def test_a_chunk_of_everything_must_fit():
     with pytest.raises(AssertionError, match='8 tokens do not fit the context'):
         model(torch.zeros(1, 8, dtype=torch.long))
 
+# ---- pred_token: predictions are distributions over tokens
+
+def speller(seed=0, **settings):
+    """ a model that predicts tokens, with an opinion but not too sure """
+    model = build(seed, **{**dict(df_objective='pred_token', vocab_size=5, text_size=3, begin_id=3, block_size=4), **settings})
+    model.df_head.weight.data *= 0.3
+    return model
+
+@pytest.mark.parametrize('attention', ['causal', 'full'])
+def test_a_posterior_is_bayes_rule(attention):
+    """ what the past makes of a token times how likely that token's embedding becomes z: normal densities, written out """
+    model = speller(attention=attention)
+    z, k, E = torch.randn(2, 4, 8), torch.randint(32, (2, 4)), model.embeddings()[:3]
+    a = model.df_alphas_cumprod[k][..., None]
+    density = torch.distributions.Normal((a.sqrt() * 1)[..., None] * E, (1 - a).sqrt()[..., None]).log_prob(z[:, :, None]).sum(-1)
+    expected = (model.df_context(z, k)[..., :3] + density).log_softmax(-1)
+    _, x0, found = model._df_model_predictions(z, k)
+    found = found.log_softmax(-1)[..., :3]
+    assert torch.allclose(found, expected, atol=1e-3) and torch.allclose(x0, found.exp() @ E, atol=1e-3)
+    assert torch.allclose(model.embeddings().norm(dim=1), torch.tensor(4.0)) and (model.df_network(z, k)[..., 3:] == -math.inf).all()
+
+@pytest.mark.parametrize('pos', ['rope', 'learned'])
+def test_what_a_token_may_depend_on(pos):
+    """ the expectation of token i on noisy tokens before i, not on its own copy; where the past is another copy, on none of the first """
+    model = speller(pos=pos)
+    (z, k), (other, levels) = ((torch.randn(1, 4, 8), torch.randint(20, 30, (1, 4))) for _ in range(2))
+    base, two = model.df_context(z, k), model.df_network(z, k, (other, levels))
+    assert torch.allclose(model.df_network(z, k, (z, k)), model.df_network(z, k), atol=1e-4)
+    for j in range(4):
+        moved = z.clone()
+        moved[:, j] += torch.randn(8)
+        assert torch.equal((model.df_context(moved, k) != base).any(-1)[0], torch.arange(4) > j)
+        assert torch.equal((model.df_network(moved, k, (other, levels)) != two).any(-1)[0], torch.arange(4) == j)
+        moved = other.clone()
+        moved[:, j] += torch.randn(8)
+        assert torch.equal((model.df_network(z, k, (moved, levels)) != two).any(-1)[0], torch.arange(4) > j)
+
+@pytest.mark.parametrize('more', [dict(pos='learned'), dict(pos='learned', df_x0_wpe=True), dict(df_level_embed='concat')])
+def test_two_streams_of_a_squared_error(more):
+    """ a token sees its own noisy copy and the other stream's past; that stream sees nothing of the noisy one """
+    model, seen = build(**more), []
+    (z, k), (other, levels) = ((torch.randn(1, 7, 8), torch.randint(32, (1, 7))) for _ in range(2))
+    trunk = model.trunk
+    model.trunk = lambda *args, **more: seen.append(trunk(*args, **more)) or seen[-1]
+    base = model.df_network(z, k, (other, levels))
+    assert torch.allclose(model.df_network(z, k, (z, k)), model.df_network(z, k), atol=1e-5)
+    for j in range(7):
+        moved = z.clone()
+        moved[:, j] += torch.randn(8)
+        changed = (model.df_network(moved, k, (other, levels)) - base).abs().amax(-1)[0] > 1e-6
+        assert torch.equal(changed, torch.arange(7) == j) and torch.allclose(seen[-1][:, 7:], seen[0][:, 7:], atol=1e-6)
+
+def test_training_rows_are_clean_or_noisy_and_ask_for_every_token():
+    model, seen = speller(df_clean_share=0.5).train(), []
+    idx = torch.randint(3, (8, 4))
+    idx[:, 0], targets = 2, idx.clone()
+    targets[:, 0] = -1
+    model.df_context = lambda x, k: seen.append((x, k)) or torch.zeros(len(x), 4, 5).masked_fill(torch.arange(5) > 2, -math.inf)
+    assert abs(model(idx, targets)[1].item() - math.log(3)) < 1e-5
+    (x, k), x0 = seen[0], model.embeddings()[idx] * model.df_sqrt_alphas_cumprod[0]
+    clean = (x - x0).abs().amax(-1) < 1e-5
+    assert clean[:4].all() and clean[:, 0].all() and (k[clean] == 0).all() and not clean[4:, 1:].any() and (k[4:, 1:] > 0).any()
+    model(idx)
+    assert torch.allclose(seen[-1][0], x0)
+    counts, model.config.df_clean_share = 0, 0.25
+    for _ in range(400): # a batch that the share does not divide: 3 rows
+        model(idx[:3], idx[:3])
+        counts += (seen[-1][1] == 0).all(1).sum()
+    assert abs(counts / 400 - 0.75) < 0.1
+
+def test_learning_changes_neither_length_nor_variety_of_embeddings():
+    torch.manual_seed(0)
+    model, idx = DFGPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=16)), torch.arange(8).repeat(8, 1)
+    optimizer, = model.configure_optimizers('adamw', 3e-3)
+    before, losses = model.metrics(idx, idx)['embedding_spread'], []
+    for _ in range(60):
+        loss = model(idx, idx)[1]
+        losses.append(loss.item())
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(model.embeddings().norm(dim=1), torch.tensor(4.0)) and abs(model.metrics(idx, idx)['embedding_spread'] - before) < 0.1
+    assert abs(losses[0] - math.log(8)) < 1e-3 and losses[-1] < 0.5
+
+@pytest.mark.parametrize('S', [8, 32])
+def test_a_mixture_step_is_the_posterior_of_the_drawn_token(S):
+    """ z_next given z and the token, by Bayes' rule from z_next given the token and z given z_next: its mean, and its deviation, unclamped """
+    model, curr = speller(df_sampling_timesteps=S, block_size=S), torch.arange(1, S + 1)[None]
+    z, real, v = torch.randn(1, S, 8), df_real_levels(32, S), torch.tensor(1)
+    sure = lambda x, k: F.one_hot(v, 5).log().expand(*x.shape[:2], 5)
+    mean, moved = (model._sample_step_seq(z, curr, curr - 1, sure, lambda shape: torch.full(shape, n)) for n in (0.0, 9.0))
+    a, a_next = model.df_alphas_cumprod[real[1:]], torch.cat((torch.ones(1), model.df_alphas_cumprod[real[1:-1]]))
+    alpha = a / a_next
+    precision = 1 / (1 - a_next) + alpha / (1 - alpha)
+    expected = (a_next.sqrt() / (1 - a_next))[:, None] * model.embeddings()[v] + (alpha.sqrt() / (1 - alpha))[:, None] * z[0]
+    assert torch.allclose(mean[0, 1:], (expected / precision[:, None])[1:], atol=1e-3) and torch.allclose(mean[0, 0], model.embeddings()[v], atol=1e-5)
+    assert torch.allclose((moved - mean)[0, 1:, 0] / 9, precision[1:] ** -0.5, atol=1e-3)
+
 # ---- a picture
 
 @pytest.mark.parametrize('args, sentence', [
@@ -522,7 +621,7 @@ def test_the_plain_recipe_collapses():
             losses.append(loss.item())
         return model, losses
     assert train(GPT, 100)[1][-1] < 1
-    model, losses = train(DFGPT, 300, pos='learned', df_x0_wpe=True)
+    model, losses = train(DFGPT, 300, df_objective='pred_noise', pos='learned', df_x0_wpe=True)
     x, last = rows(256), torch.arange(16) == 15
     found = model.metrics(x, x)
     assert losses[-1] < losses[0] / 4 and found['embedding_spread'] < 0.4 and found['accuracy_level_8'] < 0.1
