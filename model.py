@@ -11,6 +11,7 @@ BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573), diffusion for
 """
 
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -1191,7 +1192,6 @@ class DFGPT(GPT):
       p(token | z, the noisy ones before) ~ p(token | the noisy ones before) * q(z | token)
     where the second factor is a formula and the first a GPT that reads noisy text. x0 is predicted as the mean of the embeddings under it.
     """
-    bound_name = None
     attentions = ('causal', 'full')
 
     def __init__(self, config):
@@ -1203,6 +1203,7 @@ class DFGPT(GPT):
             add = c.df_level_embed == 'add'
             self.df_t_embed = Sinusoidal(c.n_embd if add else c.n_embd // 2)
             self.df_mix = None if add else nn.Sequential(nn.Linear(c.n_embd * 3 // 2, c.n_embd), nn.ReLU(), nn.Linear(c.n_embd, c.n_embd)).apply(self._init_weights)
+            self.register_buffer('df_error', torch.ones(c.df_timesteps)) # of x0 at each level, squared, a running mean of training
         self.df_head = nn.Linear(c.n_embd, c.n_embd, bias=c.bias).apply(self._init_weights)
         nn.init.zeros_(self.df_head.weight)
         for name, values in df_schedule(c.df_beta_schedule, c.df_timesteps, c.df_snr_clip).items():
@@ -1362,10 +1363,91 @@ class DFGPT(GPT):
             return logits, None
         # loss: the target is detached, the noisy input is not
         error = (out - self.df_target(x0 + wpe, k, noise).detach()).square().mean(-1) # (B, T)
+        if self.training:
+            self.note_error(found.detach() - x0.detach() - wpe.detach(), k, ~context)
         return logits, (self._compute_loss_weight(k) * error).masked_fill(context, 0).sum() / (~context).sum().clamp(min=1)
 
+    def note_error(self, error, k, scored):
+        """ the running mean of squared errors of x0 per level, error (B, T, C): nll_bound takes predictions for that uncertain """
+        level, zeros = k.flatten(), torch.zeros_like(self.df_error)
+        n = zeros.index_add(0, level, scored.flatten().to(zeros))
+        total = zeros.index_add(0, level, (error.square().mean(-1) * scored).flatten().to(zeros))
+        self.df_error += 0.05 * (total - n * self.df_error) / n.clamp(min=1)
+
+    # ---- likelihood
+
+    path = None # the scheduling matrix that nll_bound follows, token by token and level by level; None: each token in one step from pure noise
+
+    @property
+    def bound_name(self):
+        return 'nelbo' if self.tokens else 'nelbo_gaussian' # the latter under steps of another kind than any that writes
+
+    def views(self):
+        """ bounds along whole paths; what predicts tokens from clean ones is a GPT too, whose head is ours times the embeddings """
+        found = {kind: self.variant(kind, df_scheduling_matrix=kind) for kind in ('autoregressive', 'pyramid', 'full_sequence')}
+        if self.tokens and self.config.attention == 'causal' and self.config.begin_id is not None and self.df_head.bias is None:
+            with torch.no_grad():
+                found['ar'] = as_ar(self, self.embeddings() @ self.df_head.weight)
+        return found
+
+    def df_posterior(self, x, k, past=None):
+        """ log p(token | x, past), (B, T, V), and the predicted x0; a squared error becomes a probability by how large it was in training """
+        _, x0, out = self._df_model_predictions(x, k, lambda x, k: self.df_network(x, k, past))
+        out = out if self.tokens else self.logits(x0 - self.df_wpe(x.size(1)), 1 / self.df_error[k][..., None])
+        return out.log_softmax(-1)[..., :self.config.text_size], x0
+
+    def df_step_nats(self, idx, curr, next, past=None):
+        """
+        The step of idx (B, T) from index levels curr to next as -log p(z_next | z) + log q(z_next | z, idx) in nats, (B, T), z drawn; 0 where a
+        token waits. The last step is the token's own -log p. p mixes q over tokens as they are predicted (pred_token), or is normal.
+        """
+        x0, w = F.embedding(idx, self.embeddings()) + self.df_wpe(idx.size(1)), idx[..., None]
+        seen, k, k_next = self._read_levels(x0, curr, next, torch.zeros_like(x0))
+        waits = (curr == next)[..., None]
+        a_next = self.df_signal(k_next)
+        left = (self.df_signal(k) / a_next).masked_fill(waits, 1) # of z_next in z
+        z_next = a_next.sqrt() * x0 + (1 - a_next).sqrt() * torch.randn_like(x0)
+        z = torch.where((curr == 0)[..., None], seen, left.sqrt() * z_next + (1 - left).sqrt() * torch.randn_like(x0))
+        log_p, found = self.df_posterior(z, k, past)
+        if self.tokens: # log q(z_next | z, token) but for what all tokens share
+            gain = (self.likelihood(z_next, k_next.clamp(min=0)) - self.likelihood(z, k))[..., :log_p.size(-1)]
+            nats = gain.gather(2, w) - (log_p + gain).logsumexp(-1, keepdim=True)
+        else: # https://arxiv.org/abs/2107.00630
+            nats = (self.df_at('snr', k_next.clamp(min=0)) - self.df_at('snr', k)) / 2 * (x0 - found).square().sum(-1, keepdim=True)
+        return torch.where(k_next[..., None] < 0, -log_p.gather(2, w), nats).masked_fill(waits, 0)[..., 0]
+
+    @torch.no_grad()
     def nll_bound(self, idx, targets, n_samples=1):
-        raise NotImplementedError("df has no likelihood bound yet")
+        """
+        An upper bound on -log p of the scored tokens in nats: (B, n_samples) unbiased estimates, and how many tokens, (B,).
+        path None: each token in one step from pure noise, given the clean ones before it. Else of the law by which the mixture sampler
+        writes along that scheduling matrix, chunk by chunk: of its steps one is drawn, stratified over samples, and counts for all;
+        of autoregressive's, one for every token. With full attention, where a token sees what is behind it, None is df_scheduling_matrix.
+        """
+        c, scored, B, nats = self.config, targets != -1, len(idx), []
+        path = self.path or (None if c.attention == 'causal' else c.df_scheduling_matrix)
+        x0, stab = F.embedding(idx, self.embeddings()) + self.df_wpe(idx.size(1)), torch.full_like(idx, c.df_stabilization_level - 1)
+        past = self.q_sample(x0, stab, torch.zeros_like(x0)), stab
+        # what pure noise still tells of the token
+        prior = (self.df_alphas_cumprod[-1] * (x0.square().sum(-1) - c.n_embd) - c.n_embd * self.df_log_one_minus_alphas_cumprod[-1]) / 2
+        together = path == 'autoregressive' and c.attention == 'causal'
+        chunks = [(0, idx.size(1))] if together else self.chunks(scored.any(0).tolist())
+        paths = [(first, end, torch.rand(n_samples, *(idx.shape if together else (B, 1)), device=idx.device).argsort(0)) for first, end in chunks]
+        for i in range(n_samples):
+            if path is None:
+                log_p, _ = self.df_posterior(torch.randn_like(x0), torch.full_like(idx, c.df_timesteps - 1), past)
+                found = -log_p.gather(2, idx[..., None])[..., 0]
+            else:
+                found = prior.clone()
+                for first, end, strata in paths:
+                    rows = torch.arange(c.df_sampling_timesteps, -1, -1)[:, None] if together else self._generate_scheduling_matrix(end - first)
+                    steps = len(rows) - 1
+                    at = ((strata[i] + torch.rand(strata[i].shape, device=idx.device)) / n_samples * steps).long().clamp(max=steps - 1)
+                    rows = F.pad(rows.to(idx.device), (0 if together else first, 0))
+                    curr, next = ((rows[at + n].squeeze(-1) if together else rows[at[:, 0] + n]).masked_fill(~scored[:, :end], 0) for n in (0, 1))
+                    found[:, :end] += steps * self.df_step_nats(idx[:, :end], curr, next, past if together else None)
+            nats.append(found.masked_fill(~scored, 0).sum(1))
+        return torch.stack(nats, dim=1), scored.sum(1)
 
     @torch.no_grad()
     def metrics(self, idx, targets):
@@ -1384,6 +1466,13 @@ class DFGPT(GPT):
     def sampler(self):
         c = self.config
         return c.df_sampler if c.df_sampler != 'auto' else 'mixture' if self.tokens else 'ddim' if c.df_sampling_timesteps < c.df_timesteps else 'ddpm'
+
+    def variant(self, path=None, **settings):
+        """ the same weights under other settings of sampling, None: as they are; path: the scheduling matrix that nll_bound follows """
+        other = copy.copy(self)
+        other.config, other.path = replace(self.config, **{k: v for k, v in settings.items() if v is not None}), path
+        other.check()
+        return other
 
     def _read_levels(self, x, curr, next, context_noise):
         """ index levels -> real ones, and x as the network reads it: finished tokens (index 0) at df_stabilization_level """
@@ -1498,11 +1587,15 @@ class DFGPT(GPT):
             out = torch.where((((out == stop) & unknown).cumsum(1) > 0) & unknown, stop, out)
         return out
 
-def as_ar(model):
-    """ the autoregressive model of the same weights, which it shares """
+def as_ar(model, head=None):
+    """ the autoregressive model of the same weights, which it shares; head (V, C), where the model has none """
     with torch.device('meta'):
         gpt = GPT(replace(model.config, attention='causal', t_dist='uniform'))
-    gpt.transformer, gpt.lm_head, gpt.rope, gpt.unseen = model.transformer, model.lm_head, model.rope, model.unseen
+    gpt.transformer, gpt.rope, gpt.unseen = model.transformer, model.rope, model.unseen
+    if head is None:
+        gpt.lm_head = model.lm_head
+    else:
+        gpt.lm_head.weight = nn.Parameter(head)
     return gpt.train(model.training)
 
 OBJECTIVES = {'ar': GPT, 'denoise': Denoiser, 'mdlm': MDLM, 'bd3lm': BD3LM, 'df': DFGPT}

@@ -314,7 +314,7 @@ def test_loss_starts_finite_repeats_with_the_seed_and_reaches_every_parameter(mo
     loss.backward()
     assert all(p.grad is not None for p in model.parameters()) and logits.shape == (4, 16, 11) and model.row_length == 16
     assert model.df_head.weight.grad.abs().sum() > 0 and not any(name.startswith('lm_head') for name, _ in model.named_parameters())
-    assert not [name for name in model.state_dict() if 'df_' in name and not name.startswith(('df_head', 'df_mix'))] # constants stay out
+    assert not [name for name in model.state_dict() if 'df_' in name and not name.startswith(('df_head', 'df_mix', 'df_error'))] # constants stay out
 
 @pytest.mark.parametrize('objective', ['pred_noise', 'pred_x0', 'pred_v'])
 def test_the_target_is_detached_and_the_noisy_input_is_not(objective):
@@ -369,13 +369,6 @@ def test_logits_of_a_text_need_no_positions(x0_wpe):
     model.df_network = lambda x, k: x / model.df_at('sqrt_alphas_cumprod', k)
     found = model.metrics(idx, idx)
     assert torch.equal(model(idx)[0].argmax(-1), idx) and found['accuracy_level_8'] == 1 and 0.8 < found['embedding_spread'] <= 1
-
-def test_there_is_no_bound_and_the_score_says_so():
-    model, idx = build(), torch.randint(9, (4, 7))
-    with pytest.raises(NotImplementedError, match='no likelihood bound'):
-        model.nll_bound(idx, idx)
-    found = score(model, [dict(idx=idx, targets=idx)])
-    assert (found['name'], found['sign'], found['unit'], found['perplexity']) == ('mse', 'is no bound:', 'squared error', None)
 
 def test_an_ar_checkpoint_begins_a_df_model():
     """ trunk and embeddings; the head of ar has no use, that of df stays as it is """
@@ -490,8 +483,7 @@ def test_a_posterior_is_bayes_rule(attention):
     a = model.df_alphas_cumprod[k][..., None]
     density = torch.distributions.Normal((a.sqrt() * 1)[..., None] * E, (1 - a).sqrt()[..., None]).log_prob(z[:, :, None]).sum(-1)
     expected = (model.df_context(z, k)[..., :3] + density).log_softmax(-1)
-    _, x0, found = model._df_model_predictions(z, k)
-    found = found.log_softmax(-1)[..., :3]
+    found, x0 = model.df_posterior(z, k)
     assert torch.allclose(found, expected, atol=1e-3) and torch.allclose(x0, found.exp() @ E, atol=1e-3)
     assert torch.allclose(model.embeddings().norm(dim=1), torch.tensor(4.0)) and (model.df_network(z, k)[..., 3:] == -math.inf).all()
 
@@ -559,6 +551,30 @@ def test_learning_changes_neither_length_nor_variety_of_embeddings():
     assert torch.allclose(model.embeddings().norm(dim=1), torch.tensor(4.0)) and abs(model.metrics(idx, idx)['embedding_spread'] - before) < 0.1
     assert abs(losses[0] - math.log(8)) < 1e-3 and losses[-1] < 0.5
 
+# ---- likelihood
+
+ALL = torch.cartesian_prod(*[torch.arange(3)] * 3) # every text of three tokens
+
+def test_nats_of_an_untrained_model_are_those_of_a_guess():
+    model, idx = DFGPT(GPTConfig(block_size=8, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=16)).eval(), torch.randint(9, (4, 8))
+    for bound in model, model.variant('autoregressive', df_scheduling_matrix='autoregressive', df_sampling_timesteps=1):
+        nats, scored = bound.nll_bound(idx, idx, 3)
+        assert nats.shape == (4, 3) and (scored == 8).all() and (nats / 8 - math.log(9)).abs().max() < 1e-2
+    targets = idx.clone()
+    targets[:, :5] = -1
+    nats, scored = model.nll_bound(idx, targets, 2)
+    assert (scored == 3).all() and (nats / 3 - math.log(9)).abs().max() < 1e-2
+
+@pytest.mark.parametrize('objective', ['pred_token', 'pred_x0'])
+def test_one_step_per_token_is_ar_nll(objective, monkeypatch):
+    """ the same draws of noise: the path of one step per token, z = noise + sqrt(abar) x0, against pure noise """
+    model, idx = build(df_objective=objective), torch.randint(9, (64, 7))
+    noise = torch.randn(64, 7, 8)
+    path = model.variant('autoregressive', df_scheduling_matrix='autoregressive', df_sampling_timesteps=1, df_sampler='auto' if objective == 'pred_token' else 'ddim')
+    monkeypatch.setattr(torch, 'randn_like', lambda x: noise)
+    a, b = (m.nll_bound(idx, idx)[0] / 7 for m in (model, path))
+    assert (a - b).abs().max() < 1e-2 and a.std() > 0.05
+
 @pytest.mark.parametrize('S', [8, 32])
 def test_a_mixture_step_is_the_posterior_of_the_drawn_token(S):
     """ z_next given z and the token, by Bayes' rule from z_next given the token and z given z_next: its mean, and its deviation, unclamped """
@@ -572,6 +588,37 @@ def test_a_mixture_step_is_the_posterior_of_the_drawn_token(S):
     expected = (a_next.sqrt() / (1 - a_next))[:, None] * model.embeddings()[v] + (alpha.sqrt() / (1 - alpha))[:, None] * z[0]
     assert torch.allclose(mean[0, 1:], (expected / precision[:, None])[1:], atol=1e-3) and torch.allclose(mean[0, 0], model.embeddings()[v], atol=1e-5)
     assert torch.allclose((moved - mean)[0, 1:, 0] / 9, precision[1:] ** -0.5, atol=1e-3)
+
+def test_steps_of_a_squared_error_add_up():
+    """ a normal step costs half the gain in signal-to-noise ratio times the error: of a constant guess all steps together are known """
+    model, idx = build(df_objective='pred_x0', df_scheduling_matrix='full_sequence', df_chunk_size=0, df_sampling_timesteps=8), torch.randint(9, (3, 7))
+    model.df_network = lambda x, k, past=None: torch.full_like(x, 0.1)
+    model.df_error.fill_(0.25)
+    real = df_real_levels(32, 8)[1:]
+    nats, _ = model.variant('full_sequence').nll_bound(idx, idx, 8) # a stratum per step
+    x0, a = model.embeddings()[idx], model.df_alphas_cumprod[-1]
+    prior = (a * x0.square() - a - (1 - a).log()).sum(-1) / 2
+    last = (-(0.1 - model.embeddings()[:9]).square().sum(-1) / 2 / 0.25).log_softmax(0)[idx]
+    expected = prior + (model.df_snr[real[0]] - model.df_snr[real[-1]]) / 2 * (x0 - 0.1).square().sum(-1) - last
+    assert torch.allclose(nats.mean(1), expected.sum(1), rtol=1e-3) and model.bound_name == 'nelbo_gaussian'
+
+def test_the_error_of_training_is_remembered_by_level():
+    model, idx = build(df_objective='pred_x0', df_timesteps=4, df_sampling_timesteps=4).train(), torch.randint(9, (64, 7))
+    model.df_network = lambda x, k: model.transformer.wte(idx) + k[..., None] + 1.0
+    for _ in range(200):
+        model(idx, idx)
+    assert torch.allclose(model.df_error, torch.tensor([1.0, 4.0, 9.0, 16.0]), rtol=1e-2) and 'df_error' in model.state_dict()
+    model.eval()(idx, idx)
+    before = model.df_error.clone()
+    assert torch.equal(before, model.df_error)
+
+def test_the_score_names_the_bound():
+    for objective, name, loss in ('pred_noise', 'nelbo_gaussian', 'mse'), ('pred_token', 'nelbo', 'ce'):
+        for attention in 'causal', 'full':
+            model, idx = build(df_objective=objective, attention=attention, begin_id=10), torch.randint(9, (4, 7))
+            found = score(model, [dict(idx=idx, targets=idx)], 2)
+            assert (found['name'], found['sign'], found['unit'], model.loss_name) == (name, '<=', 'nats/token', loss) and found['nats_per_token'] > 1
+            assert model.views().keys() == {'autoregressive', 'pyramid', 'full_sequence'} | ({'ar'} if (objective, attention) == ('pred_token', 'causal') else set())
 
 # ---- a picture
 
