@@ -422,6 +422,16 @@ def choose(sampler, order, bound, hidden, k, logits):
     key = torch.rand(hidden.shape, device=hidden.device) if order == 'random' else spread(ORDERS[order](probs), hidden)
     return leading(key, hidden, k) if sampler in QUOTAS else ACCEPTS[sampler](hidden, ranks(key, hidden), probs, bound)
 
+def settled(out):
+    """ leading columns of out (B, N) that are written in every row, -1 being to be written """
+    return int((out != -1).all(0).long().cumprod(0).sum())
+
+def end_rows(out, unknown, stop):
+    """ what a row wrote after its first stop does not count and becomes stop, in place; has every row ended? All before a stop must be written """
+    ended = ((out == stop) & unknown & (out != -1).cumprod(1).bool()).cumsum(1) > 0
+    out.masked_fill_(ended & unknown, stop)
+    return bool(ended[:, -1].all())
+
 def check_sampler(sampler, **options):
     """ a sentence for a name that does not exist and for an option that this sampler would not read """
     for name, value, known in ('sampler', sampler, SAMPLERS), ('order', options['order'], ('random', *ORDERS)), ('schedule', options['schedule'], SCHEDULES):
@@ -971,13 +981,9 @@ class Denoiser(GPT):
                             page.masked_fill_(again, self.config.mask_id)
                         if on_step is not None:
                             final = start + s - lead if remask and rest > 0 else out.size(1)
-                            done = min(final, int((out != -1).all(0).long().cumprod(0).sum()))
-                            on_step(step, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
-                    if stop is not None: # what a row wrote after its first stop does not count
-                        stopped = ((out == stop) & unknown).cumsum(1) > 0
-                        out.masked_fill_(stopped & unknown, stop)
-                        if stopped[:, -1].all():
-                            return out
+                            on_step(step, out, probs, {'nfe': nfe, 'done': min(final, settled(out)), 'total': out.size(1)})
+                    if stop is not None and end_rows(out, unknown, stop):
+                        return out
         return out
 
     def read(self, text, first, s, ids, cache, only):
@@ -1567,24 +1573,42 @@ class DFGPT(GPT):
         return xs
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None, on_step=None):
+    def generate(self, idx, max_new_tokens, *, steps=None, sampler=None, df_scheduling_matrix=None, df_uncertainty_scale=None, temperature=1.0,
+                 top_k=None, top_p=None, guidance=0.0, stop=None, on_step=None):
         """
-        Fill in every -1 of idx (B, T), T >= 0, anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays. Embeddings as
-        by generate_df; one that is finished becomes a token drawn from `logits`: temperature 0 takes the nearest. Steps and sampler
-        are settings of the model, df_sampling_timesteps and df_ddim_eta. stop, on_step: as in Denoiser.generate.
+        Fill in every -1 of idx (B, T), T >= 0, anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays. Chunk by chunk,
+        from noise, as df_rollout does. steps: noise levels that a token passes (df_sampling_timesteps); sampler: df_sampler; like the
+        others, None: the model's own setting. pred_token: temperature, top_k and top_p shape what is expected of a token before its noise is
+        seen; mixture samples the law that nll_bound bounds, ddim and ddpm another, in which a token is drawn in its last step
+        only. guidance: w of logits = u + (1 + w)(c - u), where u are those behind pure noise instead of finished text
+        (https://arxiv.org/abs/2502.06764); such a call counts 2. Else the token of a finished embedding is drawn from `logits`.
+        stop, on_step: as in Denoiser.generate.
         """
-        out = F.pad(idx, (0, max_new_tokens), value=-1)
-        unknown, xs = out == -1, F.embedding(out.clamp(min=0), self.embeddings())
-        for nfe, (window, finished) in enumerate(self.df_rollout(xs, ~unknown), 1):
-            probs = token_probs(self.logits(xs[:, window][finished]), temperature, top_k, top_p) # (R, V)
-            out[:, window][finished] = draw(probs)
-            done = int((out != -1).all(0).long().cumprod(0).sum())
+        model = self.variant(df_sampling_timesteps=steps, df_sampler=sampler, df_scheduling_matrix=df_scheduling_matrix, df_uncertainty_scale=df_uncertainty_scale)
+        assert guidance == 0 or guidance > 0 and self.tokens, f"guidance is {guidance}, expected 0 (off) or, with pred_token, more"
+        out, nfe = F.pad(idx, (0, max_new_tokens), value=-1), 0
+        unknown, xs, probs = out == -1, F.embedding(out.clamp(min=0), self.embeddings()), None
+        def net(x, k):
+            nonlocal nfe, probs
+            nfe += 1 + (guidance > 0)
+            if not self.tokens:
+                return self.df_network(x, k)
+            expected, finished = self.df_context(x, k), k < self.config.df_stabilization_level
+            if guidance:
+                hidden = torch.where(finished[..., None], self.df_noise(x.shape), x), k.masked_fill(finished, self.config.df_timesteps - 1)
+                expected = expected + guidance * (expected - self.df_context(*hidden)).nan_to_num() # -inf less itself
+            log_p = token_probs(expected, temperature, top_k, top_p).log() + self.likelihood(x, k)
+            probs = log_p.softmax(-1)
+            drawn = k <= df_real_levels(self.config.df_timesteps, model.config.df_sampling_timesteps)[1] # the last step
+            drawn = torch.ones_like(drawn) if model.sampler == 'mixture' else drawn
+            return torch.where(drawn[..., None], F.one_hot(draw(probs), probs.size(-1)).log(), log_p)
+        for step, (window, finished) in enumerate(model.df_rollout(xs, ~unknown, net), 1):
+            found = token_probs(self.logits(xs[:, window][finished]), temperature, top_k, top_p) # (R, V), of pred_token certain
+            out[:, window][finished] = draw(found)
             if on_step is not None:
-                on_step(nfe, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
-            if stop is not None and ((out == stop) & unknown)[:, :done].any(1).all():
+                on_step(step, out, probs[finished] if self.tokens else found, {'nfe': nfe, 'done': settled(out), 'total': out.size(1)})
+            if stop is not None and end_rows(out, unknown, stop):
                 break
-        if stop is not None: # what a row wrote after its first stop does not count
-            out = torch.where((((out == stop) & unknown).cumsum(1) > 0) & unknown, stop, out)
         return out
 
 def as_ar(model, head=None):

@@ -575,6 +575,16 @@ def test_one_step_per_token_is_ar_nll(objective, monkeypatch):
     a, b = (m.nll_bound(idx, idx)[0] / 7 for m in (model, path))
     assert (a - b).abs().max() < 1e-2 and a.std() > 0.05
 
+def test_weights_that_predict_tokens_are_a_gpt():
+    """ ar_nll is, but for what pure noise adds, the nll of ar by the same weights; and they write the same """
+    model, idx = speller(block_size=6), torch.randint(3, (32, 6))
+    gpt = model.views()['ar']
+    (a, n), (b, m) = model.nll_bound(idx, idx, 20), gpt.nll_bound(idx, idx)
+    assert torch.equal(n, m) and (a.mean(1) - b[:, 0]).abs().max() < 0.05 and b.std() > 0.5 and gpt.bound_name == 'nll'
+    prompt = torch.tensor([[0, 1], [2, -1]])
+    for more in dict(sampler='mixture'), dict(sampler='ddim', steps=5), dict(sampler='ddpm'), dict(sampler='mixture', steps=1):
+        assert torch.equal(model.generate(prompt, 4, temperature=0, df_scheduling_matrix='autoregressive', **more), gpt.generate(prompt, 4, temperature=0))
+
 @pytest.mark.parametrize('S', [8, 32])
 def test_a_mixture_step_is_the_posterior_of_the_drawn_token(S):
     """ z_next given z and the token, by Bayes' rule from z_next given the token and z given z_next: its mean, and its deviation, unclamped """
@@ -588,6 +598,31 @@ def test_a_mixture_step_is_the_posterior_of_the_drawn_token(S):
     expected = (a_next.sqrt() / (1 - a_next))[:, None] * model.embeddings()[v] + (alpha.sqrt() / (1 - alpha))[:, None] * z[0]
     assert torch.allclose(mean[0, 1:], (expected / precision[:, None])[1:], atol=1e-3) and torch.allclose(mean[0, 0], model.embeddings()[v], atol=1e-5)
     assert torch.allclose((moved - mean)[0, 1:, 0] / 9, precision[1:] ** -0.5, atol=1e-3)
+
+def written(model, n, **options):
+    """ how often each of ALL is written, as a share """
+    torch.manual_seed(0)
+    out = model.generate(torch.full((n, 3), -1), 0, **options)
+    return torch.bincount(out @ torch.tensor([9, 3, 1]), minlength=27) / n
+
+@pytest.mark.parametrize('S, sampler', [(1, 'mixture'), (3, 'mixture'), (1, 'ddim')])
+def test_tokens_one_after_the_other_have_the_law_of_ar(S, sampler):
+    model = speller(block_size=3, df_sampling_timesteps=S, df_scheduling_matrix='autoregressive', df_sampler=sampler)
+    for temperature in 1.0, 0.5:
+        logits = model.views()['ar'](F.pad(ALL[:, :-1], (1, 0), value=3))[0]
+        p = (logits / temperature).log_softmax(-1).gather(2, ALL[..., None]).sum((1, 2)).exp()
+        assert (written(model, 20000, temperature=temperature) - p).abs().sum() < 0.06 and p.max() < 0.6
+
+@pytest.mark.parametrize('kind, S, chunk, attention', [('pyramid', 2, 0, 'causal'), ('full_sequence', 3, 2, 'causal'), ('autoregressive', 2, 0, 'causal'), ('full_sequence', 2, 0, 'full')])
+def test_a_path_bounds_what_the_mixture_writes(kind, S, chunk, attention):
+    """ never below -log of how often a text is written; autoregressive: equal to it """
+    model = speller(block_size=3, df_sampling_timesteps=S, df_chunk_size=chunk, attention=attention).variant(kind, df_scheduling_matrix=kind)
+    p, texts = written(model, 20000), ALL.repeat(100, 1)
+    nats = model.nll_bound(texts, texts, S * 2)[0].view(100, 27, -1).mean(2).T # strata: each step equally often
+    slack, often = nats.mean(1) + p.log(), p > 0.005
+    error = 4 * (nats.var(1) / 100 + 1 / (20000 * p)).sqrt() # of the bound and of the share
+    assert often.sum() > 12 and (slack > -error)[often].all() and (slack[often] * p[often]).sum() < 0.3
+    assert kind != 'autoregressive' or (slack.abs() < error)[often].all()
 
 def test_steps_of_a_squared_error_add_up():
     """ a normal step costs half the gain in signal-to-noise ratio times the error: of a constant guess all steps together are known """
@@ -619,6 +654,63 @@ def test_the_score_names_the_bound():
             found = score(model, [dict(idx=idx, targets=idx)], 2)
             assert (found['name'], found['sign'], found['unit'], model.loss_name) == (name, '<=', 'nats/token', loss) and found['nats_per_token'] > 1
             assert model.views().keys() == {'autoregressive', 'pyramid', 'full_sequence'} | ({'ar'} if (objective, attention) == ('pred_token', 'causal') else set())
+
+# ---- writing tokens
+
+@pytest.mark.parametrize('kind', [dict(), dict(df_sampling_timesteps=8, df_sampler='ddim', df_ddim_eta=0.5), dict(df_sampler='ddpm', df_scheduling_matrix='full_sequence'),
+                                  dict(df_scheduling_matrix='trapezoid', df_chunk_size=7, df_sampling_timesteps=3), dict(attention='full', df_uncertainty_scale=0.5)])
+def test_token_prompts_stay_and_text_outgrows_the_context(kind):
+    model, calls, steps = speller(block_size=7, **kind), [], []
+    model.df_context = lambda x, k: calls.append(x.size(1)) or DFGPT.df_context(model, x, k)
+    prompt = torch.tensor([[1, 2, 0, 1], [2, 1, -1, -1], [-1, 2, -1, 0]])
+    out = model.generate(prompt, 15, on_step=lambda *step: steps.append((step[1].clone(), *step[2:])))
+    assert out.shape == (3, 19) and torch.equal(out[:, :4][prompt != -1], prompt[prompt != -1]) and out.min() >= 0 and out.max() < 3
+    assert max(calls) == 7 and len(calls) == len(steps) == steps[-1][-1]['nfe'] and steps[-1][-1]['done'] == steps[-1][-1]['total'] == 19
+    shown = [idx[0].tolist() for idx, *_ in steps]
+    assert all(a == b or a == -1 for now, then in zip(shown, shown[1:]) for a, b in zip(now, then))
+    probs = torch.cat([probs for _, probs, _ in steps])
+    assert len(probs) == 3 * 15 + 4 and torch.allclose(probs.sum(-1), torch.ones(49)) and (probs[:, 3:] == 0).all()
+    assert torch.equal(model.generate(out, 0), out) and model.generate(torch.zeros(2, 0, dtype=torch.long), 3).shape == (2, 3)
+
+def test_temperature_top_k_and_top_p_shape_what_is_expected():
+    model, texts = speller(block_size=3, df_sampling_timesteps=2), []
+    for options in dict(temperature=0), dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4):
+        texts.append(model.generate(torch.full((20, 3), -1), 0, df_scheduling_matrix='autoregressive', **options))
+    assert all(torch.equal(texts[0], t) and (t == t[:1]).all() for t in texts)
+    assert len(model.generate(torch.full((200, 3), -1), 0).unique(dim=0)) > 8
+
+def test_guidance_goes_on_from_what_is_expected_behind_noise():
+    model, w = speller(block_size=4, df_sampling_timesteps=3, df_scheduling_matrix='full_sequence'), 1.5
+    prompt, seen, steps = torch.tensor([[2, 1, -1, -1]]).expand(500, -1), [], []
+    c, u = torch.tensor([2.0, 1.0, 0.0, -math.inf, -math.inf]), torch.tensor([0.0, 1.0, 0.5, -math.inf, -math.inf])
+    model.df_context = lambda x, k: seen.append(k[0].tolist()) or (u if k[0, 0] == 31 else c).expand(*k.shape, 5)
+    out = model.generate(prompt, 0, guidance=w, on_step=lambda *step: steps.append(step[-1]['nfe']))
+    p = (u + (1 + w) * (c - u))[:3].softmax(0)
+    assert steps == [2, 4, 6] and seen[0] == [0, 0, 31, 31] and seen[1] == [31] * 4 and seen[5][:2] == [31, 31]
+    assert (torch.bincount(out[:, 2:].flatten(), minlength=3) / 1000 - p).abs().max() < 0.05
+    for wrong in -1.0, math.nan:
+        with pytest.raises(AssertionError, match='guidance is'):
+            model.generate(prompt, 0, guidance=wrong)
+    with pytest.raises(AssertionError, match='with pred_token'):
+        build().generate(torch.zeros(1, 1, dtype=torch.long), 2, guidance=1.0)
+
+def test_options_of_a_call_are_settings_of_the_model():
+    model, nfe = speller(block_size=8, df_chunk_size=8), []
+    for options, expected in [({}, 32 + 7), (dict(steps=4), 4 + 7), (dict(steps=4, df_scheduling_matrix='full_sequence'), 4), (dict(steps=4, df_uncertainty_scale=0.5), 4 + 3),
+                              (dict(steps=2, df_scheduling_matrix='autoregressive'), 16), (dict(sampler='ddim', steps=1), 8)]:
+        model.generate(torch.full((1, 8), -1), 0, on_step=lambda *step: nfe.append(step[-1]['nfe']), **options)
+        assert nfe[-1] == expected and model.config.df_sampling_timesteps == 32 and model.path is None
+    for options, sentence in [(dict(steps=33), 'df_sampling_timesteps is 33'), (dict(steps=4, sampler='ddpm'), 'ddim or auto where sampling leaves levels out'),
+                              (dict(df_scheduling_matrix='cone'), 'expected one of pyramid'), (dict(sampler='first_hitting'), 'expected one of auto, mixture')]:
+        with pytest.raises(AssertionError, match=sentence):
+            model.generate(torch.full((1, 8), -1), 0, **options)
+
+def test_a_row_ends_at_its_stop():
+    model = speller(block_size=8, vocab_size=11, text_size=9, begin_id=9, df_scheduling_matrix='trapezoid', df_sampling_timesteps=2, df_chunk_size=0)
+    row = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [7, 5, 0, 0, 0, 0, 0, 0]])
+    model.df_context = lambda x, k: F.one_hot(row, 11) * 100.0
+    assert model.generate(torch.full((2, 8), -1), 0, stop=7).tolist() == [[1, 2, 3, 4, 5, 6, 7, 7], [7] * 8]
+    assert model.generate(torch.tensor([[-1] * 8, [7] + [-1] * 7]), 0, stop=7)[1].tolist() == row[1].tolist() # given, so not its own
 
 # ---- a picture
 

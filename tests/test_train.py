@@ -195,10 +195,10 @@ def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):
     assert [readings[r]['scoreboard']['name'] for r in ('raw', 'raw_as_pyramid', 'raw_as_ar')] == ['nelbo', 'nelbo', 'nll'] and 'nelbo <=' in text
     assert abs(readings['raw']['scoreboard']['nats_per_token'] - readings['raw_as_ar']['scoreboard']['nats_per_token']) < 1e-2
     assert all(0 <= float(log_of(out)[-1][k]) <= 1 for k in ('accuracy_level_8', 'accuracy_level_16', 'accuracy_level_24', 'embedding_spread'))
-    for stream in True, False:
-        text = run(f'sample.py --start=The --max_new_tokens=30 --num_samples=2 --top_k=3 --stream={stream}', f'--out_dir={out}')
+    for options in '--df_scheduling_matrix=full_sequence', '--stream=False --steps=4 --sampler=ddim --guidance=1 --df_uncertainty_scale=0.5':
+        text = run(f'sample.py --start=The --max_new_tokens=12 --num_samples=2 --top_k=3 {options}', f'--out_dir={out}')
         assert text.count('The') >= 2 and 'network evaluations' in text
-    assert 'df has no use for --steps: it takes max_new_tokens, temperature' in run('sample.py --steps=9', f'--out_dir={out}', code=2)
+    assert 'df has no use for --order: it takes max_new_tokens' in run('sample.py --order=entropy', f'--out_dir={out}', code=2)
     table = run('-m tools.compare', out, trained[0])
     assert 'df, raw as full sequence' in table and 'nelbo <=' in table and 'nll =' in table
 
