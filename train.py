@@ -345,7 +345,7 @@ def write_results():
                 results['weights'][weights + suffix] = {'scoreboard': board, 'random_windows': windows}
                 say(f"{weights} weights{suffix.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {board['sign']} "
                     f"{board['nats_per_token']:.4f} {board['unit']} (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
-                    f"+- {board['stderr_windows']:.4f} windows){', perplexity %.3f' % board['perplexity'] if board['perplexity'] else ''}; "
+                    f"+- {board['stderr_windows']:.4f} windows){', perplexity %.5g' % board['perplexity'] if board['perplexity'] else ''}; "
                     f"by nanoGPT's random windows {windows:.4f}")
     write_json('results.json', results)
 
