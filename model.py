@@ -11,6 +11,7 @@ BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573), diffusion for
 """
 
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -193,8 +194,11 @@ class GPTConfig:
     attn_backend: str = 'auto' # auto | sdpa | flex. auto: flex on cuda where there is a mask to skip, else sdpa
     grad_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, ~1/3 more time
     df_timesteps: int = 32 # noise levels of training
-    df_sampling_timesteps: int = 32 # levels that sampling visits; fewer than df_timesteps: by DDIM steps, else by DDPM steps
-    df_objective: str = 'pred_noise' # pred_noise | pred_x0 | pred_v: what the network predicts
+    df_sampling_timesteps: int = 32 # levels that sampling visits
+    df_objective: str = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
+    df_embed_norm: float = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
+    df_clean_share: float = 0.5 # pred_token: share of the training rows in which all that a token sees is clean, as in ar
+    df_sampler: str = 'auto' # mixture | ddpm | ddim. auto: mixture for pred_token, else ddpm, or ddim where sampling leaves levels out
     df_beta_schedule: str = 'cosine' # linear | cosine | sigmoid
     df_loss_weight: str = 'fused' # fused | min_snr | uniform: see df_loss_weight
     df_snr_clip: float = 5.0 # signal-to-noise ratios above it weigh no more
@@ -225,7 +229,7 @@ class GPTConfig:
 
 CHOICES = {'pos': ('rope', 'learned'), 'norm': ('rmsnorm', 'layernorm'), 'mlp': ('swiglu', 'gelu', 'gelu_tanh'),
            'init': ('zero', 'gpt2'), 't_dist': ('uniform', 'bell'), 'attention': tuple(ATTENTIONS), 'attn_backend': ('auto', 'sdpa', 'flex'),
-           'df_objective': ('pred_noise', 'pred_x0', 'pred_v'), 'df_beta_schedule': ('linear', 'cosine', 'sigmoid'),
+           'df_objective': ('pred_noise', 'pred_x0', 'pred_v', 'pred_token'), 'df_sampler': ('auto', 'mixture', 'ddpm', 'ddim'), 'df_beta_schedule': ('linear', 'cosine', 'sigmoid'),
            'df_loss_weight': ('fused', 'min_snr', 'uniform'), 'df_level_embed': ('add', 'concat'),
            'df_scheduling_matrix': ('pyramid', 'full_sequence', 'autoregressive', 'trapezoid')}
 
@@ -417,6 +421,16 @@ def choose(sampler, order, bound, hidden, k, logits):
     probs = token_probs(logits)
     key = torch.rand(hidden.shape, device=hidden.device) if order == 'random' else spread(ORDERS[order](probs), hidden)
     return leading(key, hidden, k) if sampler in QUOTAS else ACCEPTS[sampler](hidden, ranks(key, hidden), probs, bound)
+
+def settled(out):
+    """ leading columns of out (B, N) that are written in every row, -1 being to be written """
+    return int((out != -1).all(0).long().cumprod(0).sum())
+
+def end_rows(out, unknown, stop):
+    """ what a row wrote after its first stop does not count and becomes stop, in place; has every row ended? All before a stop must be written """
+    ended = ((out == stop) & unknown & (out != -1).cumprod(1).bool()).cumsum(1) > 0
+    out.masked_fill_(ended & unknown, stop)
+    return bool(ended[:, -1].all())
 
 def check_sampler(sampler, **options):
     """ a sentence for a name that does not exist and for an option that this sampler would not read """
@@ -967,13 +981,9 @@ class Denoiser(GPT):
                             page.masked_fill_(again, self.config.mask_id)
                         if on_step is not None:
                             final = start + s - lead if remask and rest > 0 else out.size(1)
-                            done = min(final, int((out != -1).all(0).long().cumprod(0).sum()))
-                            on_step(step, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
-                    if stop is not None: # what a row wrote after its first stop does not count
-                        stopped = ((out == stop) & unknown).cumsum(1) > 0
-                        out.masked_fill_(stopped & unknown, stop)
-                        if stopped[:, -1].all():
-                            return out
+                            on_step(step, out, probs, {'nfe': nfe, 'done': min(final, settled(out)), 'total': out.size(1)})
+                    if stop is not None and end_rows(out, unknown, stop):
+                        return out
         return out
 
     def read(self, text, first, s, ids, cache, only):
@@ -1184,13 +1194,29 @@ class DFGPT(GPT):
     df: diffusion forcing (https://arxiv.org/abs/2407.01392), the mathematics of https://github.com/buoyancy99/diffusion-forcing. Every
     token's embedding is noisy at a level of its own; levels fall token by token as a scheduling matrix says. Levels k are
     real ones, 0 to df_timesteps - 1, where the network reads them, and index levels, 0 (clean) to df_sampling_timesteps, where sampling counts.
+    What learns to write is pred_token. Given the token, its noise says nothing about the others, so by Bayes' rule
+      p(token | z, the noisy ones before) ~ p(token | the noisy ones before) * q(z | token)
+    where the second factor is a formula and the first a GPT that reads noisy text. x0 is predicted as the mean of the embeddings under it.
     """
-    loss_name, bound_name = 'mse', None # a weighted error between embeddings: nothing in it is the probability of a token
     attentions = ('causal', 'full')
 
     def __init__(self, config):
         super().__init__(config)
-        c, T, S = config, config.df_timesteps, config.df_sampling_timesteps
+        self.check()
+        c = config
+        del self.lm_head # predictions are embeddings, or compared with them
+        if not self.tokens:
+            add = c.df_level_embed == 'add'
+            self.df_t_embed = Sinusoidal(c.n_embd if add else c.n_embd // 2)
+            self.df_mix = None if add else nn.Sequential(nn.Linear(c.n_embd * 3 // 2, c.n_embd), nn.ReLU(), nn.Linear(c.n_embd, c.n_embd)).apply(self._init_weights)
+            self.register_buffer('df_error', torch.ones(c.df_timesteps)) # of x0 at each level, squared, a running mean of training
+        self.df_head = nn.Linear(c.n_embd, c.n_embd, bias=c.bias).apply(self._init_weights)
+        nn.init.zeros_(self.df_head.weight)
+        for name, values in df_schedule(c.df_beta_schedule, c.df_timesteps, c.df_snr_clip).items():
+            self.register_buffer(f'df_{name}', values, persistent=False)
+
+    def check(self):
+        c, T, S = self.config, self.config.df_timesteps, self.config.df_sampling_timesteps
         for name, fits, expected in [
             ('n_embd', c.n_embd % 4 == 0 and c.n_embd >= 8, "a multiple of 4 from 8 on: half of it holds sines and cosines of the noise level"),
             ('df_timesteps', T >= 1, "at least 1"),
@@ -1204,16 +1230,13 @@ class DFGPT(GPT):
             ('df_uncertainty_scale', 0 <= c.df_uncertainty_scale <= S, f"0 to df_sampling_timesteps, {S}: from there on no two tokens are denoised together"),
             ('df_chunk_size', c.df_chunk_size in (None, *range(c.block_size + 1)), f"0 to block_size, {c.block_size}, or None"),
             ('df_x0_wpe', not c.df_x0_wpe or c.pos == 'learned', f"False with pos={c.pos!r}: only learned positions can be added to embeddings"),
+            ('df_x0_wpe', not c.df_x0_wpe or not self.tokens, "False with pred_token: a token's noise must not depend on where it stands"),
+            ('df_embed_norm', 0 < c.df_embed_norm < math.inf, "a finite length above 0"),
+            ('df_clean_share', 0 <= c.df_clean_share <= 1, "a share, 0 to 1"),
+            ('df_sampler', c.df_sampler != 'mixture' or self.tokens, f"ddpm or ddim with {c.df_objective}: only pred_token has a distribution over tokens to mix by"),
+            ('df_sampler', c.df_sampler != 'ddpm' or S == T, f"ddim or auto where sampling leaves levels out: df_sampling_timesteps is {S}, df_timesteps {T}"),
         ]:
             assert fits, f"{name} is {getattr(c, name)}, expected {expected}"
-        del self.lm_head # predictions are embeddings
-        add = c.df_level_embed == 'add'
-        self.df_t_embed = Sinusoidal(c.n_embd if add else c.n_embd // 2)
-        self.df_mix = None if add else nn.Sequential(nn.Linear(c.n_embd * 3 // 2, c.n_embd), nn.ReLU(), nn.Linear(c.n_embd, c.n_embd)).apply(self._init_weights)
-        self.df_head = nn.Linear(c.n_embd, c.n_embd, bias=c.bias).apply(self._init_weights)
-        nn.init.zeros_(self.df_head.weight)
-        for name, values in df_schedule(c.df_beta_schedule, T, c.df_snr_clip).items():
-            self.register_buffer(f'df_{name}', values, persistent=False)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """ also of another objective: its trunk begins this model, its head has no use here, and what only df has stays as it is """
@@ -1224,7 +1247,21 @@ class DFGPT(GPT):
     def row_length(self):
         return self.config.block_size
 
+    @property
+    def tokens(self):
+        """ does the network predict tokens (else embeddings or noise)? """
+        return self.config.df_objective == 'pred_token'
+
+    @property
+    def loss_name(self):
+        return 'ce' if self.tokens else 'mse' # a weighted error between embeddings
+
     # ---- the pieces
+
+    def embeddings(self):
+        """ what noise is added to, (vocab_size, C). Of one length in pred_token: else it would pay to outgrow the noise """
+        E = self.transformer.wte.weight
+        return F.normalize(E, dim=-1) * self.config.df_embed_norm if self.tokens else E
 
     def df_wpe(self, n):
         """ what x0 has of positions 0 to n - 1: (n, C), or zeros (n, 1) """
@@ -1232,25 +1269,55 @@ class DFGPT(GPT):
         return self.transformer.wpe.weight[:n] if self.config.df_x0_wpe else self.df_betas.new_zeros(n, 1)
 
     def df_noise(self, shape, noise=None):
-        """ clamped noise, ours or the raw draws of noise(shape) """
+        """ noise, ours or the raw draws of noise(shape), clamped but in pred_token, whose probabilities are those of a normal distribution """
         raw = torch.randn(shape, device=self.df_betas.device, dtype=self.df_betas.dtype) if noise is None else noise(shape)
-        return raw.clamp(-self.config.df_clip_noise, self.config.df_clip_noise)
+        return raw if self.tokens else raw.clamp(-self.config.df_clip_noise, self.config.df_clip_noise)
 
     def df_at(self, name, k):
         """ a constant of the schedule at real levels k (B, T) -> (B, T, 1) """
         return getattr(self, f'df_{name}')[k][..., None]
 
+    def df_signal(self, k):
+        """ the share of variance that is x0's at real levels k (B, T), 1 at -1: (B, T, 1) """
+        return self.df_at('alphas_cumprod', k.clamp(min=0)).masked_fill(k[..., None] < 0, 1)
+
     def q_sample(self, x0, k, noise):
         """ x0 and noise (B, T, C) -> x0 at real levels k (B, T) """
         return self.df_at('sqrt_alphas_cumprod', k) * x0 + self.df_at('sqrt_one_minus_alphas_cumprod', k) * noise
 
-    def df_network(self, x, k):
-        """ x (B, T, C) at real levels k (B, T), at positions 0 to T - 1 -> (B, T, C), what df_objective names """
-        c, pos, level = self.config, torch.arange(x.size(1), device=x.device), self.df_t_embed(k)
-        h = x + level if self.df_mix is None else self.df_mix(torch.cat((x, level), dim=-1))
-        if c.pos == 'learned' and not c.df_x0_wpe:
+    def likelihood(self, x, k):
+        """ log q(x | token) at real levels k (B, T), up to what all tokens share: (B, T, V) """
+        return self.logits(x / self.df_at('sqrt_alphas_cumprod', k), self.df_at('snr', k))
+
+    def df_context(self, x, k):
+        """
+        log p(token | the noisy ones before it), (B, T, V), of x (B, T, C) at real levels k (B, T). A GPT that reads, for each token, the mean of
+        wte under its likelihood: a clean token as ar reads it, pure noise as the mean of all. With full attention it sees them all.
+        """
+        T, wte = x.size(1), self.transformer.wte.weight
+        h, pos = self.likelihood(x, k).softmax(-1) @ wte, torch.arange(T, device=x.device)
+        if self.config.attention == 'causal': # row i reads token i - 1
+            begin = wte[self.config.begin_id] if self.config.begin_id is not None else wte.new_zeros(wte.size(1))
+            h = torch.cat((begin.expand(len(h), 1, -1), h[:, :-1]), dim=1)
+        if self.config.pos == 'learned':
             h = h + self.transformer.wpe(pos)
-        return self.df_head(self.trunk(drop(h, self), pos, c.attention)).to(x.dtype)
+        return F.linear(self.df_head(self.trunk(drop(h, self), pos, self.config.attention)), self.embeddings(), self.unseen)
+
+    def df_network(self, x, k, past=None):
+        """
+        x (B, T, C) at real levels k (B, T), at positions 0 to T - 1 -> what df_objective names: log-probabilities of tokens, up to a constant,
+        (B, T, V), or (B, T, C). past, (x, k): another copy of the text, which is what each token sees of those before it.
+        """
+        if self.tokens:
+            return self.df_context(*(past or (x, k))) + self.likelihood(x, k)
+        if past: # two streams: the copies side by side
+            x, k = (torch.cat(both, dim=1) for both in zip((x, k), past))
+        c, pos, level = self.config, torch.arange(x.size(1), device=x.device), self.df_t_embed(k)
+        T = len(pos) // 2 if past else len(pos)
+        h, ids = x + level if self.df_mix is None else self.df_mix(torch.cat((x, level), dim=-1)), pos % T
+        if c.pos == 'learned' and not c.df_x0_wpe:
+            h = h + self.transformer.wpe(ids)
+        return self.df_head(self.trunk(drop(h, self), ids, dense_mask(ids, pos < T) if past else c.attention)[:, :T]).to(x.dtype)
 
     def df_target(self, x0, k, noise):
         """ what the network should have predicted, (B, T, C) """
@@ -1264,6 +1331,7 @@ class DFGPT(GPT):
         x0 = {'pred_noise': lambda: recip * x - recipm1 * out.clamp(-self.config.df_clip_noise, self.config.df_clip_noise),
               'pred_x0': lambda: out,
               'pred_v': lambda: self.df_at('sqrt_alphas_cumprod', k) * x - self.df_at('sqrt_one_minus_alphas_cumprod', k) * out,
+              'pred_token': lambda: out.softmax(-1) @ self.embeddings(),
               }[self.config.df_objective]()
         return (recip * x - x0) / recipm1, x0, out
 
@@ -1271,46 +1339,146 @@ class DFGPT(GPT):
         c = self.config
         return df_loss_weight(k, self.df_snr, c.df_snr_clip, c.df_cum_snr_decay, c.df_objective, c.df_loss_weight)
 
-    def logits(self, x0):
+    def logits(self, x0, snr=None):
         """
-        Embeddings without positions (..., C) -> (..., vocab_size): how likely each token's embedding becomes x0 at the least noisy
-        level, 0, all tokens being equally frequent; the nearest one is the likeliest.
+        Embeddings without positions (..., C) -> (..., vocab_size): how likely each token's embedding becomes x0 at a signal-to-noise ratio snr
+        (..., 1), None: that of the least noisy level, 0; all tokens being equally frequent, the nearest one is the likeliest.
         """
-        E, snr = self.transformer.wte.weight, self.df_snr[0]
+        E, snr = self.embeddings(), self.df_snr[0] if snr is None else snr
         bias = -snr / 2 * E.square().sum(1) # -snr / 2 |x0 - E|^2, but for |x0|^2, which is the same for all
         with torch.autocast(x0.device.type, enabled=False): # distances are small differences
-            return F.linear(snr * x0, E, bias if self.unseen is None else bias + self.unseen)
+            return F.linear(snr * x0, E) + (bias if self.unseen is None else bias + self.unseen)
 
     def forward(self, idx, targets=None):
         # corrupt: each token by itself. What is not scored, and all where nothing is, is context: as clean as sampling shows it
         context = torch.ones_like(idx, dtype=torch.bool) if targets is None else targets == -1
-        x0, wpe = self.transformer.wte(idx), self.df_wpe(idx.size(1))
-        k = torch.randint(self.config.df_timesteps, idx.shape, device=idx.device).masked_fill(context, self.config.df_stabilization_level - 1)
-        noise = self.df_noise(x0.shape).masked_fill(context[..., None], 0)
+        clean = context
+        if self.tokens and self.config.attention == 'causal' and targets is not None: # nobody sees its own copy, so it may be clean
+            clean = context | (torch.arange(1, len(idx) + 1, device=idx.device) <= len(idx) * self.config.df_clean_share + torch.rand(1, device=idx.device))[:, None]
+        x0, wpe = F.embedding(idx, self.embeddings()), self.df_wpe(idx.size(1))
+        k = torch.randint(self.config.df_timesteps, idx.shape, device=idx.device).masked_fill(clean, self.config.df_stabilization_level - 1)
+        noise = self.df_noise(x0.shape).masked_fill(clean[..., None], 0)
+        x = self.q_sample(x0 + wpe, k, noise)
         # attend
-        _, found, out = self._df_model_predictions(self.q_sample(x0 + wpe, k, noise), k)
+        if self.tokens:
+            logits = self.df_context(x, k) if self.config.attention == 'causal' else self.df_network(x, k)
+            return logits, None if targets is None else self.next_token_loss(logits, targets)
+        _, found, out = self._df_model_predictions(x, k)
         logits = self.logits(found - wpe)
         if targets is None:
             return logits, None
         # loss: the target is detached, the noisy input is not
         error = (out - self.df_target(x0 + wpe, k, noise).detach()).square().mean(-1) # (B, T)
+        if self.training:
+            self.note_error(found.detach() - x0.detach() - wpe.detach(), k, ~context)
         return logits, (self._compute_loss_weight(k) * error).masked_fill(context, 0).sum() / (~context).sum().clamp(min=1)
 
+    def note_error(self, error, k, scored):
+        """ the running mean of squared errors of x0 per level, error (B, T, C): nll_bound takes predictions for that uncertain """
+        level, zeros = k.flatten(), torch.zeros_like(self.df_error)
+        n = zeros.index_add(0, level, scored.flatten().to(zeros))
+        total = zeros.index_add(0, level, (error.square().mean(-1) * scored).flatten().to(zeros))
+        self.df_error += 0.05 * (total - n * self.df_error) / n.clamp(min=1)
+
+    # ---- likelihood
+
+    path = None # the scheduling matrix that nll_bound follows, token by token and level by level; None: each token in one step from pure noise
+
+    @property
+    def bound_name(self):
+        return 'nelbo' if self.tokens else 'nelbo_gaussian' # the latter under steps of another kind than any that writes
+
+    def views(self):
+        """ bounds along whole paths; what predicts tokens from clean ones is a GPT too, whose head is ours times the embeddings """
+        found = {kind: self.variant(kind, df_scheduling_matrix=kind) for kind in ('autoregressive', 'pyramid', 'full_sequence')}
+        if self.tokens and self.config.attention == 'causal' and self.config.begin_id is not None and self.df_head.bias is None:
+            with torch.no_grad():
+                found['ar'] = as_ar(self, self.embeddings() @ self.df_head.weight)
+        return found
+
+    def df_posterior(self, x, k, past=None):
+        """ log p(token | x, past), (B, T, V), and the predicted x0; a squared error becomes a probability by how large it was in training """
+        _, x0, out = self._df_model_predictions(x, k, lambda x, k: self.df_network(x, k, past))
+        out = out if self.tokens else self.logits(x0 - self.df_wpe(x.size(1)), 1 / self.df_error[k][..., None])
+        return out.log_softmax(-1)[..., :self.config.text_size], x0
+
+    def df_step_nats(self, idx, curr, next, past=None):
+        """
+        The step of idx (B, T) from index levels curr to next as -log p(z_next | z) + log q(z_next | z, idx) in nats, (B, T), z drawn; 0 where a
+        token waits. The last step is the token's own -log p. p mixes q over tokens as they are predicted (pred_token), or is normal.
+        """
+        x0, w = F.embedding(idx, self.embeddings()) + self.df_wpe(idx.size(1)), idx[..., None]
+        seen, k, k_next = self._read_levels(x0, curr, next, torch.zeros_like(x0))
+        waits = (curr == next)[..., None]
+        a_next = self.df_signal(k_next)
+        left = (self.df_signal(k) / a_next).masked_fill(waits, 1) # of z_next in z
+        z_next = a_next.sqrt() * x0 + (1 - a_next).sqrt() * torch.randn_like(x0)
+        z = torch.where((curr == 0)[..., None], seen, left.sqrt() * z_next + (1 - left).sqrt() * torch.randn_like(x0))
+        log_p, found = self.df_posterior(z, k, past)
+        if self.tokens: # log q(z_next | z, token) but for what all tokens share
+            gain = (self.likelihood(z_next, k_next.clamp(min=0)) - self.likelihood(z, k))[..., :log_p.size(-1)]
+            nats = gain.gather(2, w) - (log_p + gain).logsumexp(-1, keepdim=True)
+        else: # https://arxiv.org/abs/2107.00630
+            nats = (self.df_at('snr', k_next.clamp(min=0)) - self.df_at('snr', k)) / 2 * (x0 - found).square().sum(-1, keepdim=True)
+        return torch.where(k_next[..., None] < 0, -log_p.gather(2, w), nats).masked_fill(waits, 0)[..., 0]
+
+    @torch.no_grad()
     def nll_bound(self, idx, targets, n_samples=1):
-        raise NotImplementedError("df has no likelihood bound: it predicts embeddings, and a squared error is no probability of a token; train mdlm or bd3lm")
+        """
+        An upper bound on -log p of the scored tokens in nats: (B, n_samples) unbiased estimates, and how many tokens, (B,).
+        path None: each token in one step from pure noise, given the clean ones before it. Else of the law by which the mixture sampler
+        writes along that scheduling matrix, chunk by chunk: of its steps one is drawn, stratified over samples, and counts for all;
+        of autoregressive's, one for every token. With full attention, where a token sees what is behind it, None is df_scheduling_matrix.
+        """
+        c, scored, B, nats = self.config, targets != -1, len(idx), []
+        path = self.path or (None if c.attention == 'causal' else c.df_scheduling_matrix)
+        x0, stab = F.embedding(idx, self.embeddings()) + self.df_wpe(idx.size(1)), torch.full_like(idx, c.df_stabilization_level - 1)
+        past = self.q_sample(x0, stab, torch.zeros_like(x0)), stab
+        # what pure noise still tells of the token
+        prior = (self.df_alphas_cumprod[-1] * (x0.square().sum(-1) - c.n_embd) - c.n_embd * self.df_log_one_minus_alphas_cumprod[-1]) / 2
+        together = path == 'autoregressive' and c.attention == 'causal'
+        chunks = [(0, idx.size(1))] if together else self.chunks(scored.any(0).tolist())
+        paths = [(first, end, torch.rand(n_samples, *(idx.shape if together else (B, 1)), device=idx.device).argsort(0)) for first, end in chunks]
+        for i in range(n_samples):
+            if path is None:
+                log_p, _ = self.df_posterior(torch.randn_like(x0), torch.full_like(idx, c.df_timesteps - 1), past)
+                found = -log_p.gather(2, idx[..., None])[..., 0]
+            else:
+                found = prior.clone()
+                for first, end, strata in paths:
+                    rows = torch.arange(c.df_sampling_timesteps, -1, -1)[:, None] if together else self._generate_scheduling_matrix(end - first)
+                    steps = len(rows) - 1
+                    at = ((strata[i] + torch.rand(strata[i].shape, device=idx.device)) / n_samples * steps).long().clamp(max=steps - 1)
+                    rows = F.pad(rows.to(idx.device), (0 if together else first, 0))
+                    curr, next = ((rows[at + n].squeeze(-1) if together else rows[at[:, 0] + n]).masked_fill(~scored[:, :end], 0) for n in (0, 1))
+                    found[:, :end] += steps * self.df_step_nats(idx[:, :end], curr, next, past if together else None)
+            nats.append(found.masked_fill(~scored, 0).sum(1))
+        return torch.stack(nats, dim=1), scored.sum(1)
 
     @torch.no_grad()
     def metrics(self, idx, targets):
         """ the share of scored tokens that are found again from one level; how far embeddings are from their mean, in units of their own size """
-        found, scored, x0, wpe = {}, targets != -1, self.transformer.wte(idx), self.df_wpe(idx.size(1))
+        found, scored, x0, wpe = {}, targets != -1, F.embedding(idx, self.embeddings()), self.df_wpe(idx.size(1))
         for quarter in 1, 2, 3:
             k = torch.full_like(idx, self.config.df_timesteps * quarter // 4)
             _, guess, _ = self._df_model_predictions(self.q_sample(x0 + wpe, k, self.df_noise(x0.shape)), k)
             found[f'accuracy_level_{k[0, 0]}'] = (self.logits(guess - wpe).argmax(-1) == idx)[scored].float().mean().item()
-        text = self.transformer.wte.weight[:self.config.text_size]
+        text = self.embeddings()[:self.config.text_size]
         return found | {'embedding_spread': ((text - text.mean(0)).norm() / text.norm()).item()}
 
     # ---- writing
+
+    @property
+    def sampler(self):
+        c = self.config
+        return c.df_sampler if c.df_sampler != 'auto' else 'mixture' if self.tokens else 'ddim' if c.df_sampling_timesteps < c.df_timesteps else 'ddpm'
+
+    def variant(self, path=None, **settings):
+        """ the same weights under other settings of sampling, None: as they are; path: the scheduling matrix that nll_bound follows """
+        other = copy.copy(self)
+        other.config, other.path = replace(self.config, **{k: v for k, v in settings.items() if v is not None}), path
+        other.check()
+        return other
 
     def _read_levels(self, x, curr, next, context_noise):
         """ index levels -> real ones, and x as the network reads it: finished tokens (index 0) at df_stabilization_level """
@@ -1325,10 +1493,10 @@ class DFGPT(GPT):
     def _sample_step_seq(self, x, curr, next, net=None, noise=None, guidance_fn=None):
         """
         One reverse step: x (B, T, C) at index levels curr (B, T) -> the same at levels next; a token with next == curr waits, untouched.
-        A DDPM step, or a DDIM step where sampling leaves levels out. net(x, k): in place of the network, k (B, T) real levels;
+        A step of df_sampler: mixture is a DDIM step with all of DDPM's noise, towards the embedding of a drawn token. net(x, k): in place of the network, k (B, T) real levels;
         noise(shape): raw draws, before the clamp, the context's first, then the step's; guidance_fn: see _ddim_sample_step_seq.
         """
-        if self.config.df_sampling_timesteps < self.config.df_timesteps:
+        if self.sampler != 'ddpm':
             return self._ddim_sample_step_seq(x, curr, next, net, noise, guidance_fn)
         assert guidance_fn is None, "guidance needs DDIM steps: set df_sampling_timesteps below df_timesteps"
         seen, k, _ = self._read_levels(x, curr, next, self.df_noise(x.shape, noise))
@@ -1345,14 +1513,15 @@ class DFGPT(GPT):
         guidance_fn(x0): a value to raise, of the predicted x0 (B, T, C); its gradient moves the predicted noise.
         """
         seen, k, k_next = self._read_levels(x, curr, next, torch.zeros_like(x))
-        a, a_next = self.df_at('alphas_cumprod', k), self.df_at('alphas_cumprod', k_next.clamp(min=0)).masked_fill(k_next[..., None] < 0, 1)
+        a, a_next = self.df_signal(k), self.df_signal(k_next)
         with torch.set_grad_enabled(guidance_fn is not None):
             eps, x0, _ = self._df_model_predictions(seen.requires_grad_(guidance_fn is not None), k, net)
             slope = torch.autograd.grad(guidance_fn(x0).sum(), seen)[0] if guidance_fn is not None else None
         if guidance_fn is not None:
             eps = eps - (1 - a_next).sqrt() * slope
             x0 = self.df_at('sqrt_recip_alphas_cumprod', k) * seen - self.df_at('sqrt_recipm1_alphas_cumprod', k) * eps
-        sigma = self.config.df_ddim_eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
+        eta = 1.0 if self.sampler == 'mixture' else self.config.df_ddim_eta
+        sigma = eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
         kept = (1 - a_next - sigma ** 2).clamp(min=0).sqrt() # of the predicted noise; rounding may pass 0
         return torch.where((curr == next)[..., None], x, a_next.sqrt() * x0 + kept * eps + sigma * self.df_noise(x.shape, noise))
 
@@ -1360,20 +1529,27 @@ class DFGPT(GPT):
         c = self.config
         return scheduling_matrix(c.df_scheduling_matrix, horizon, c.df_sampling_timesteps, c.df_uncertainty_scale)
 
+    def chunks(self, unknown):
+        """ what is denoised together, [(start, end), ...], of a text of which these positions are unknown (a list of bools) """
+        room, size, end, found = self.config.block_size, self.config.df_chunk_size, 0, []
+        while any(unknown[end:]):
+            first = end + unknown[end:].index(True)
+            h = min(len(unknown) - first, max(1, room // 2) if size is None else size or len(unknown))
+            assert h <= room, f"df_chunk_size=0 denoises all {h} new tokens together, but the context has {room}: choose a smaller df_chunk_size"
+            found.append((first, first + h))
+            end = first + h
+        return found
+
     @torch.no_grad()
     def df_rollout(self, xs, given, net=None, noise=None, guidance_fn=None):
         """
         Write, in place, the embeddings xs (B, N, C), without positions, where given (B, N) is False: chunk by chunk from noise, by the
-        scheduling matrix. Yields after every network call which tokens it finished, (B, N) bool. The network sees the chunk and what
-        fits of the text before it, none behind it; positions count from where its window begins.
+        scheduling matrix. Yields after every step the window, a slice of positions, and which of its tokens are finished now, (B, window) bool.
+        The network sees the chunk and what fits of the text before it, none behind it; positions count from where its window begins.
         """
         B, N, C = xs.shape
-        room, size, end, unknown = self.config.block_size, self.config.df_chunk_size, 0, (~given).any(0).tolist()
-        while any(unknown[end:]):
-            first = end + unknown[end:].index(True)
-            h = min(N - first, max(1, room // 2) if size is None else size or N)
-            assert h <= room, f"df_chunk_size=0 denoises all {h} new tokens together, but the context has {room}: choose a smaller df_chunk_size"
-            start, end = max(0, first + h - room), first + h
+        for first, end in self.chunks((~given).any(0).tolist()):
+            start, h = max(0, end - self.config.block_size), end - first
             settled = given[:, start:end] | (torch.arange(start, end, device=xs.device) < first)
             wpe, fresh = self.df_wpe(end - start), F.pad(self.df_noise((B, h, C), noise), (0, 0, first - start, 0))
             x = torch.where(settled[..., None], xs[:, start:end] + wpe, fresh)
@@ -1382,7 +1558,7 @@ class DFGPT(GPT):
             for curr, next in zip(levels, levels[1:]):
                 x = self._sample_step_seq(x, curr, next, net, noise, guidance_fn)
                 xs[:, start:end] = torch.where(settled[..., None], xs[:, start:end], x - wpe)
-                yield F.pad((curr > 0) & (next == 0), (start, N - end))
+                yield slice(start, end), (curr > 0) & (next == 0)
 
     def generate_df(self, context, max_new_tokens, net=None, noise=None, guidance_fn=None):
         """
@@ -1390,38 +1566,60 @@ class DFGPT(GPT):
         noise(shape) is asked for every chunk, then for the steps on it. An id of -1 is to be written, wherever it stands.
         """
         raw = context.is_floating_point()
-        xs = F.pad(context if raw else self.transformer.wte(context.clamp(min=0)).detach(), (0, 0, 0, max_new_tokens))
+        xs = F.pad(context if raw else F.embedding(context.clamp(min=0), self.embeddings()).detach(), (0, 0, 0, max_new_tokens))
         given = F.pad(torch.ones(context.shape[:2], dtype=torch.bool, device=xs.device) if raw else context != -1, (0, max_new_tokens))
         for _ in self.df_rollout(xs, given, net, noise, guidance_fn):
             pass
         return xs
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None, on_step=None):
+    def generate(self, idx, max_new_tokens, *, steps=None, sampler=None, df_scheduling_matrix=None, df_uncertainty_scale=None, temperature=1.0,
+                 top_k=None, top_p=None, guidance=0.0, stop=None, on_step=None):
         """
-        Fill in every -1 of idx (B, T), T >= 0, anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays. Embeddings as
-        by generate_df; one that is finished becomes a token drawn from `logits`: temperature 0 takes the nearest. Steps and sampler
-        are settings of the model, df_sampling_timesteps and df_ddim_eta. stop, on_step: as in Denoiser.generate.
+        Fill in every -1 of idx (B, T), T >= 0, anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays. Chunk by chunk,
+        from noise, as df_rollout does. steps: noise levels that a token passes (df_sampling_timesteps); sampler: df_sampler; like the
+        others, None: the model's own setting. pred_token: temperature, top_k and top_p shape what is expected of a token before its noise is
+        seen; mixture samples the law that nll_bound bounds, ddim and ddpm another, in which a token is drawn in its last step
+        only. guidance: w of logits = u + (1 + w)(c - u), where u are those behind pure noise instead of finished text
+        (https://arxiv.org/abs/2502.06764); such a call counts 2. Else the token of a finished embedding is drawn from `logits`.
+        stop, on_step: as in Denoiser.generate.
         """
-        out = F.pad(idx, (0, max_new_tokens), value=-1)
-        unknown, xs = out == -1, self.transformer.wte(out.clamp(min=0))
-        for nfe, finished in enumerate(self.df_rollout(xs, ~unknown), 1):
-            probs = token_probs(self.logits(xs[finished]), temperature, top_k, top_p) # (R, V)
-            out[finished] = draw(probs)
-            done = int((out != -1).all(0).long().cumprod(0).sum())
+        model = self.variant(df_sampling_timesteps=steps, df_sampler=sampler, df_scheduling_matrix=df_scheduling_matrix, df_uncertainty_scale=df_uncertainty_scale)
+        assert guidance == 0 or guidance > 0 and self.tokens, f"guidance is {guidance}, expected 0 (off) or, with pred_token, more"
+        out, nfe = F.pad(idx, (0, max_new_tokens), value=-1), 0
+        unknown, xs, probs = out == -1, F.embedding(out.clamp(min=0), self.embeddings()), None
+        def net(x, k):
+            nonlocal nfe, probs
+            nfe += 1 + (guidance > 0)
+            if not self.tokens:
+                return self.df_network(x, k)
+            expected, finished = self.df_context(x, k), k < self.config.df_stabilization_level
+            if guidance:
+                hidden = torch.where(finished[..., None], self.df_noise(x.shape), x), k.masked_fill(finished, self.config.df_timesteps - 1)
+                expected = expected + guidance * (expected - self.df_context(*hidden)).nan_to_num() # -inf less itself
+            log_p = token_probs(expected, temperature, top_k, top_p).log() + self.likelihood(x, k)
+            probs = log_p.softmax(-1)
+            drawn = k <= df_real_levels(self.config.df_timesteps, model.config.df_sampling_timesteps)[1] # the last step
+            drawn = torch.ones_like(drawn) if model.sampler == 'mixture' else drawn
+            return torch.where(drawn[..., None], F.one_hot(draw(probs), probs.size(-1)).log(), log_p)
+        for step, (window, finished) in enumerate(model.df_rollout(xs, ~unknown, net), 1):
+            found = token_probs(self.logits(xs[:, window][finished]), temperature, top_k, top_p) # (R, V), of pred_token certain
+            out[:, window][finished] = draw(found)
             if on_step is not None:
-                on_step(nfe, out, probs, {'nfe': nfe, 'done': done, 'total': out.size(1)})
-            if stop is not None and ((out == stop) & unknown)[:, :done].any(1).all():
+                on_step(step, out, probs[finished] if self.tokens else found, {'nfe': nfe, 'done': settled(out), 'total': out.size(1)})
+            if stop is not None and end_rows(out, unknown, stop):
                 break
-        if stop is not None: # what a row wrote after its first stop does not count
-            out = torch.where((((out == stop) & unknown).cumsum(1) > 0) & unknown, stop, out)
         return out
 
-def as_ar(model):
-    """ the autoregressive model of the same weights, which it shares """
+def as_ar(model, head=None):
+    """ the autoregressive model of the same weights, which it shares; head (V, C), where the model has none """
     with torch.device('meta'):
         gpt = GPT(replace(model.config, attention='causal', t_dist='uniform'))
-    gpt.transformer, gpt.lm_head, gpt.rope, gpt.unseen = model.transformer, model.lm_head, model.rope, model.unseen
+    gpt.transformer, gpt.rope, gpt.unseen = model.transformer, model.rope, model.unseen
+    if head is None:
+        gpt.lm_head = model.lm_head
+    else:
+        gpt.lm_head.weight = nn.Parameter(head)
     return gpt.train(model.training)
 
 OBJECTIVES = {'ar': GPT, 'denoise': Denoiser, 'mdlm': MDLM, 'bd3lm': BD3LM, 'df': DFGPT}

@@ -23,21 +23,23 @@ from prepare import PrepareError, Tokenizer, provider, read_text
 out_dir = 'out' # the run's folder
 ckpt = 'best' # best | latest | the path of a checkpoint
 weights = 'ema' # ema (if the run averaged its weights) | raw
-view = None # what else the weights can be read as: ar (of a run with clean_causal or ar_weight)
+view = None # what else the weights can be read as: ar (of a run with clean_causal or ar_weight, or of df)
 start = '' # the prompt; FILE:prompt.txt reads it from a file. [[40]] is a gap of 40 tokens to fill in, \[[ stands for [[ itself
 num_samples = 3
 max_new_tokens = 400 # behind the prompt; 0: only fill in its gaps
 temperature = 0.8 # 1: as trained, below: more likely text, 0: always the likeliest token
 top_k = None # draw from the k likeliest tokens only
 top_p = None # draw from the fewest tokens whose probabilities add up to p
-# how denoise, mdlm and bd3lm write; None: not given. A sampler refuses what it has no use for
-sampler = None # first_hitting (their default, one token per network call) | ancestral | fixed | threshold | entropy_bound (several)
-steps = None # ancestral, fixed: reverse steps in all, split evenly over the blocks; None: one per new token
+# how denoise, mdlm, bd3lm and df write; None: not given. A sampler refuses what it has no use for
+sampler = None # first_hitting (their default, one token per network call) | ancestral | fixed | threshold | entropy_bound (several); of df: mixture | ddim | ddpm
+steps = None # ancestral, fixed: reverse steps in all, split evenly over the blocks; None: one per new token. df: noise levels that a token passes
 order = None # which hidden tokens come first, but for ancestral: random (the default) | confidence | entropy | margin | left_to_right
 schedule = None # ancestral, fixed: linear (the default) | cosine, few tokens per step at first, many at the end
 confidence_threshold = None # threshold: take every token the model is surer of than this probability; None: 0.9
 entropy_budget = None # entropy_bound: nats of entropy that the tokens of one call may have together, less the largest; None: 0.1
 remask = None # ancestral, fixed: share of what a block has written that each step but its last hides again, the least probable first
+df_scheduling_matrix = None # df: pyramid | full_sequence | autoregressive | trapezoid, which tokens become clean when; None: as trained
+df_uncertainty_scale = None # df: steps a token begins later than the one before it; None: as trained
 guidance = None # how far to overstate what the prompt changes, 0 (not at all, the default) or more; doubles the cost
 stop = None # end a sample at this token: end (the end id), or the text of one token
 stream = True # samples one after another, each as it is written; False: all in one batch, faster, shown at the end
@@ -47,7 +49,8 @@ dtype = 'auto' # auto (bfloat16 on cuda that has it, else float32) | float32 | b
 # -----------------------------------------------------------------------------
 
 # what a setting may be whose default, None, does not say it
-KINDS = {int: ('top_k', 'steps'), (int, float): ('top_p', 'confidence_threshold', 'entropy_budget', 'remask', 'guidance'), str: ('sampler', 'order', 'schedule')}
+KINDS = {int: ('top_k', 'steps'), (int, float): ('top_p', 'confidence_threshold', 'entropy_budget', 'remask', 'guidance', 'df_uncertainty_scale'),
+         str: ('sampler', 'order', 'schedule', 'df_scheduling_matrix')}
 
 def check_kinds(config):
     for kind, names in KINDS.items():

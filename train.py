@@ -65,10 +65,13 @@ single_ratio_per_sequence = True # False: a noise level per token, no bound
 clean_causal = False # bd3lm: the clean stream is a GPT, so one run answers as bd3lm and as ar
 ar_weight = 0.0 # weight of a next-token loss: bd3lm's on the clean_causal stream, mdlm's on half of the rows
 df_timesteps = 32 # noise levels of training
-df_sampling_timesteps = 32 # levels that sampling visits; fewer than df_timesteps: by DDIM steps, else by DDPM steps
-df_objective = 'pred_noise' # pred_noise | pred_x0 | pred_v: what the network predicts
+df_sampling_timesteps = 32 # levels that sampling visits
+df_sampler = 'auto' # mixture | ddpm | ddim. auto: mixture for pred_token, else ddpm, or ddim where sampling leaves levels out
+df_objective = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
+df_embed_norm = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
+df_clean_share = 0.5 # pred_token: share of the training rows in which all that a token sees is clean, as in ar. 0.25 | 0.5 with 2 layers of 64, 400 iterations: 1.935 | 1.878 nats/char behind clean text, 2.57 | 2.59 along a pyramid; ar 1.813
 df_beta_schedule = 'cosine' # linear | cosine | sigmoid
-df_loss_weight = 'fused' # fused | min_snr | uniform
+df_loss_weight = 'fused' # of squared errors: fused | min_snr | uniform
 df_snr_clip = 5.0 # signal-to-noise ratios above it weigh no more
 df_cum_snr_decay = 0.95 # of the average over earlier tokens in fused weights, per token
 df_clip_noise = 5.0 # noise is clamped to +- this
@@ -239,7 +242,7 @@ if resume:
         state = models.read_checkpoint(path)
     except (OSError, ValueError) as e:
         fail(e)
-    free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight') # of training, not of the weights
+    free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight', 'df_clean_share') # of training, not of the weights
     differ = [k for k, v in asdict(raw_model.config).items() if k not in free and state['config'].get(k) != v]
     if differ or state['objective'] != objective:
         fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
@@ -346,7 +349,7 @@ def write_results():
                 results['weights'][weights + suffix] = {'scoreboard': board, 'random_windows': windows}
                 say(f"{weights} weights{suffix.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {board['sign']} "
                     f"{board['nats_per_token']:.4f} {board['unit']} (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
-                    f"+- {board['stderr_windows']:.4f} windows){', perplexity %.3f' % board['perplexity'] if board['perplexity'] else ''}; "
+                    f"+- {board['stderr_windows']:.4f} windows){', perplexity %.5g' % board['perplexity'] if board['perplexity'] else ''}; "
                     f"by nanoGPT's random windows {windows:.4f}")
     write_json('results.json', results)
 

@@ -14,7 +14,7 @@ batch_size = 16
 max_iters = 300
 eval_interval = 150
 eval_iters = 4
-scoreboard_windows = 50 # of some thousands; there is no likelihood to score
+scoreboard_windows = 50 # of some thousands: a blind guess needs no more
 
 pos = 'learned'
 init = 'gpt2'

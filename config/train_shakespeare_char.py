@@ -4,6 +4,7 @@ Scoreboard on one CPU core: ar nll 1.520 (8 minutes), bd3lm(4) nelbo <= 1.934, m
 $ python train.py config/train_shakespeare_char.py --objective=ar
 $ python train.py config/train_shakespeare_char.py --objective=mdlm --out_dir=out-shakespeare-mdlm
 $ python train.py config/train_shakespeare_char.py --objective=bd3lm --diffusion_block_size=4 --out_dir=out-shakespeare-bd3lm
+$ python train.py config/train_shakespeare_char.py --objective=df --out_dir=out-shakespeare-df
 """
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

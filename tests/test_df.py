@@ -37,7 +37,7 @@ def net(x, k):
 def build(seed=0, **settings):
     """ a small model with large random weights """
     torch.manual_seed(seed)
-    model = DFGPT(GPTConfig(**{**dict(block_size=7, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=8), **settings})).eval()
+    model = DFGPT(GPTConfig(**{**dict(block_size=7, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=8, df_objective='pred_noise'), **settings})).eval()
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
@@ -304,7 +304,7 @@ VARIANTS = [{}, dict(pos='learned'), dict(pos='learned', df_x0_wpe=True), dict(d
 @pytest.mark.parametrize('more', VARIANTS)
 def test_loss_starts_finite_repeats_with_the_seed_and_reaches_every_parameter(more):
     torch.manual_seed(0)
-    model, idx, losses = DFGPT(GPTConfig(**{**dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16), **more})), torch.randint(11, (4, 16)), []
+    model, idx, losses = DFGPT(GPTConfig(**{**dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, df_objective='pred_noise'), **more})), torch.randint(11, (4, 16)), []
     assert (model.df_head.weight == 0).all()
     for seed in 1, 1, 2:
         torch.manual_seed(seed)
@@ -314,7 +314,7 @@ def test_loss_starts_finite_repeats_with_the_seed_and_reaches_every_parameter(mo
     loss.backward()
     assert all(p.grad is not None for p in model.parameters()) and logits.shape == (4, 16, 11) and model.row_length == 16
     assert model.df_head.weight.grad.abs().sum() > 0 and not any(name.startswith('lm_head') for name, _ in model.named_parameters())
-    assert not [name for name in model.state_dict() if 'df_' in name and not name.startswith(('df_head', 'df_mix'))] # constants stay out
+    assert not [name for name in model.state_dict() if 'df_' in name and not name.startswith(('df_head', 'df_mix', 'df_error'))] # constants stay out
 
 @pytest.mark.parametrize('objective', ['pred_noise', 'pred_x0', 'pred_v'])
 def test_the_target_is_detached_and_the_noisy_input_is_not(objective):
@@ -369,13 +369,6 @@ def test_logits_of_a_text_need_no_positions(x0_wpe):
     model.df_network = lambda x, k: x / model.df_at('sqrt_alphas_cumprod', k)
     found = model.metrics(idx, idx)
     assert torch.equal(model(idx)[0].argmax(-1), idx) and found['accuracy_level_8'] == 1 and 0.8 < found['embedding_spread'] <= 1
-
-def test_there_is_no_bound_and_the_score_says_so():
-    model, idx = build(), torch.randint(9, (4, 7))
-    with pytest.raises(NotImplementedError, match='no likelihood bound'):
-        model.nll_bound(idx, idx)
-    found = score(model, [dict(idx=idx, targets=idx)])
-    assert (found['name'], found['sign'], found['unit'], found['perplexity']) == ('mse', 'is no bound:', 'squared error', None)
 
 def test_an_ar_checkpoint_begins_a_df_model():
     """ trunk and embeddings; the head of ar has no use, that of df stays as it is """
@@ -474,6 +467,251 @@ def test_a_chunk_of_everything_must_fit():
     with pytest.raises(AssertionError, match='8 tokens do not fit the context'):
         model(torch.zeros(1, 8, dtype=torch.long))
 
+# ---- pred_token: predictions are distributions over tokens
+
+def speller(seed=0, **settings):
+    """ a model that predicts tokens, with an opinion but not too sure """
+    model = build(seed, **{**dict(df_objective='pred_token', vocab_size=5, text_size=3, begin_id=3, block_size=4), **settings})
+    model.df_head.weight.data *= 0.3
+    return model
+
+@pytest.mark.parametrize('attention', ['causal', 'full'])
+def test_a_posterior_is_bayes_rule(attention):
+    """ what the past makes of a token times how likely that token's embedding becomes z: normal densities, written out """
+    model = speller(attention=attention)
+    z, k, E = torch.randn(2, 4, 8), torch.randint(32, (2, 4)), model.embeddings()[:3]
+    a = model.df_alphas_cumprod[k][..., None]
+    density = torch.distributions.Normal((a.sqrt() * 1)[..., None] * E, (1 - a).sqrt()[..., None]).log_prob(z[:, :, None]).sum(-1)
+    expected = (model.df_context(z, k)[..., :3] + density).log_softmax(-1)
+    found, x0 = model.df_posterior(z, k)
+    assert torch.allclose(found, expected, atol=1e-3) and torch.allclose(x0, found.exp() @ E, atol=1e-3)
+    assert torch.allclose(model.embeddings().norm(dim=1), torch.tensor(4.0)) and (model.df_network(z, k)[..., 3:] == -math.inf).all()
+
+@pytest.mark.parametrize('pos', ['rope', 'learned'])
+def test_what_a_token_may_depend_on(pos):
+    """ the expectation of token i on noisy tokens before i, not on its own copy; where the past is another copy, on none of the first """
+    model = speller(pos=pos)
+    (z, k), (other, levels) = ((torch.randn(1, 4, 8), torch.randint(20, 30, (1, 4))) for _ in range(2))
+    base, two = model.df_context(z, k), model.df_network(z, k, (other, levels))
+    assert torch.allclose(model.df_network(z, k, (z, k)), model.df_network(z, k), atol=1e-4)
+    for j in range(4):
+        moved = z.clone()
+        moved[:, j] += torch.randn(8)
+        assert torch.equal((model.df_context(moved, k) != base).any(-1)[0], torch.arange(4) > j)
+        assert torch.equal((model.df_network(moved, k, (other, levels)) != two).any(-1)[0], torch.arange(4) == j)
+        moved = other.clone()
+        moved[:, j] += torch.randn(8)
+        assert torch.equal((model.df_network(z, k, (moved, levels)) != two).any(-1)[0], torch.arange(4) > j)
+
+@pytest.mark.parametrize('more', [dict(pos='learned'), dict(pos='learned', df_x0_wpe=True), dict(df_level_embed='concat')])
+def test_two_streams_of_a_squared_error(more):
+    """ a token sees its own noisy copy and the other stream's past; that stream sees nothing of the noisy one """
+    model, seen = build(**more), []
+    (z, k), (other, levels) = ((torch.randn(1, 7, 8), torch.randint(32, (1, 7))) for _ in range(2))
+    trunk = model.trunk
+    model.trunk = lambda *args, **more: seen.append(trunk(*args, **more)) or seen[-1]
+    base = model.df_network(z, k, (other, levels))
+    assert torch.allclose(model.df_network(z, k, (z, k)), model.df_network(z, k), atol=1e-5)
+    for j in range(7):
+        moved = z.clone()
+        moved[:, j] += torch.randn(8)
+        changed = (model.df_network(moved, k, (other, levels)) - base).abs().amax(-1)[0] > 1e-6
+        assert torch.equal(changed, torch.arange(7) == j) and torch.allclose(seen[-1][:, 7:], seen[0][:, 7:], atol=1e-6)
+
+def test_training_rows_are_clean_or_noisy_and_ask_for_every_token():
+    model, seen = speller(df_clean_share=0.5).train(), []
+    idx = torch.randint(3, (8, 4))
+    idx[:, 0], targets = 2, idx.clone()
+    targets[:, 0] = -1
+    model.df_context = lambda x, k: seen.append((x, k)) or torch.zeros(len(x), 4, 5).masked_fill(torch.arange(5) > 2, -math.inf)
+    assert abs(model(idx, targets)[1].item() - math.log(3)) < 1e-5
+    (x, k), x0 = seen[0], model.embeddings()[idx] * model.df_sqrt_alphas_cumprod[0]
+    clean = (x - x0).abs().amax(-1) < 1e-5
+    assert clean[:4].all() and clean[:, 0].all() and (k[clean] == 0).all() and not clean[4:, 1:].any() and (k[4:, 1:] > 0).any()
+    model(idx)
+    assert torch.allclose(seen[-1][0], x0)
+    counts, model.config.df_clean_share = 0, 0.25
+    for _ in range(400): # a batch that the share does not divide: 3 rows
+        model(idx[:3], idx[:3])
+        counts += (seen[-1][1] == 0).all(1).sum()
+    assert abs(counts / 400 - 0.75) < 0.1
+
+def test_learning_changes_neither_length_nor_variety_of_embeddings():
+    torch.manual_seed(0)
+    model, idx = DFGPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=16)), torch.arange(8).repeat(8, 1)
+    optimizer, = model.configure_optimizers('adamw', 3e-3)
+    before, losses = model.metrics(idx, idx)['embedding_spread'], []
+    for _ in range(60):
+        loss = model(idx, idx)[1]
+        losses.append(loss.item())
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(model.embeddings().norm(dim=1), torch.tensor(4.0)) and abs(model.metrics(idx, idx)['embedding_spread'] - before) < 0.1
+    assert abs(losses[0] - math.log(8)) < 1e-3 and losses[-1] < 0.5
+
+# ---- likelihood
+
+ALL = torch.cartesian_prod(*[torch.arange(3)] * 3) # every text of three tokens
+
+def test_nats_of_an_untrained_model_are_those_of_a_guess():
+    model, idx = DFGPT(GPTConfig(block_size=8, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=16)).eval(), torch.randint(9, (4, 8))
+    for bound in model, model.variant('autoregressive', df_scheduling_matrix='autoregressive', df_sampling_timesteps=1):
+        nats, scored = bound.nll_bound(idx, idx, 3)
+        assert nats.shape == (4, 3) and (scored == 8).all() and (nats / 8 - math.log(9)).abs().max() < 1e-2
+    targets = idx.clone()
+    targets[:, :5] = -1
+    nats, scored = model.nll_bound(idx, targets, 2)
+    assert (scored == 3).all() and (nats / 3 - math.log(9)).abs().max() < 1e-2
+
+@pytest.mark.parametrize('objective', ['pred_token', 'pred_x0'])
+def test_one_step_per_token_is_ar_nll(objective, monkeypatch):
+    """ the same draws of noise: the path of one step per token, z = noise + sqrt(abar) x0, against pure noise """
+    model, idx = build(df_objective=objective), torch.randint(9, (64, 7))
+    noise = torch.randn(64, 7, 8)
+    path = model.variant('autoregressive', df_scheduling_matrix='autoregressive', df_sampling_timesteps=1, df_sampler='auto' if objective == 'pred_token' else 'ddim')
+    monkeypatch.setattr(torch, 'randn_like', lambda x: noise)
+    a, b = (m.nll_bound(idx, idx)[0] / 7 for m in (model, path))
+    assert (a - b).abs().max() < 1e-2 and a.std() > 0.05
+
+def test_weights_that_predict_tokens_are_a_gpt():
+    """ ar_nll is, but for what pure noise adds, the nll of ar by the same weights; and they write the same """
+    model, idx = speller(block_size=6), torch.randint(3, (32, 6))
+    gpt = model.views()['ar']
+    (a, n), (b, m) = model.nll_bound(idx, idx, 20), gpt.nll_bound(idx, idx)
+    assert torch.equal(n, m) and (a.mean(1) - b[:, 0]).abs().max() < 0.05 and b.std() > 0.5 and gpt.bound_name == 'nll'
+    prompt = torch.tensor([[0, 1], [2, -1]])
+    for more in dict(sampler='mixture'), dict(sampler='ddim', steps=5), dict(sampler='ddpm'), dict(sampler='mixture', steps=1):
+        assert torch.equal(model.generate(prompt, 4, temperature=0, df_scheduling_matrix='autoregressive', **more), gpt.generate(prompt, 4, temperature=0))
+
+@pytest.mark.parametrize('S', [8, 32])
+def test_a_mixture_step_is_the_posterior_of_the_drawn_token(S):
+    """ z_next given z and the token, by Bayes' rule from z_next given the token and z given z_next: its mean, and its deviation, unclamped """
+    model, curr = speller(df_sampling_timesteps=S, block_size=S), torch.arange(1, S + 1)[None]
+    z, real, v = torch.randn(1, S, 8), df_real_levels(32, S), torch.tensor(1)
+    sure = lambda x, k: F.one_hot(v, 5).log().expand(*x.shape[:2], 5)
+    mean, moved = (model._sample_step_seq(z, curr, curr - 1, sure, lambda shape: torch.full(shape, n)) for n in (0.0, 9.0))
+    a, a_next = model.df_alphas_cumprod[real[1:]], torch.cat((torch.ones(1), model.df_alphas_cumprod[real[1:-1]]))
+    alpha = a / a_next
+    precision = 1 / (1 - a_next) + alpha / (1 - alpha)
+    expected = (a_next.sqrt() / (1 - a_next))[:, None] * model.embeddings()[v] + (alpha.sqrt() / (1 - alpha))[:, None] * z[0]
+    assert torch.allclose(mean[0, 1:], (expected / precision[:, None])[1:], atol=1e-3) and torch.allclose(mean[0, 0], model.embeddings()[v], atol=1e-5)
+    assert torch.allclose((moved - mean)[0, 1:, 0] / 9, precision[1:] ** -0.5, atol=1e-3)
+
+def written(model, n, **options):
+    """ how often each of ALL is written, as a share """
+    torch.manual_seed(0)
+    out = model.generate(torch.full((n, 3), -1), 0, **options)
+    return torch.bincount(out @ torch.tensor([9, 3, 1]), minlength=27) / n
+
+@pytest.mark.parametrize('S, sampler', [(1, 'mixture'), (3, 'mixture'), (1, 'ddim')])
+def test_tokens_one_after_the_other_have_the_law_of_ar(S, sampler):
+    model = speller(block_size=3, df_sampling_timesteps=S, df_scheduling_matrix='autoregressive', df_sampler=sampler)
+    for temperature in 1.0, 0.5:
+        logits = model.views()['ar'](F.pad(ALL[:, :-1], (1, 0), value=3))[0]
+        p = (logits / temperature).log_softmax(-1).gather(2, ALL[..., None]).sum((1, 2)).exp()
+        assert (written(model, 20000, temperature=temperature) - p).abs().sum() < 0.06 and p.max() < 0.6
+
+@pytest.mark.parametrize('kind, S, chunk, attention', [('pyramid', 2, 0, 'causal'), ('full_sequence', 3, 2, 'causal'), ('autoregressive', 2, 0, 'causal'), ('full_sequence', 2, 0, 'full')])
+def test_a_path_bounds_what_the_mixture_writes(kind, S, chunk, attention):
+    """ never below -log of how often a text is written; autoregressive: equal to it """
+    model = speller(block_size=3, df_sampling_timesteps=S, df_chunk_size=chunk, attention=attention).variant(kind, df_scheduling_matrix=kind)
+    p, texts = written(model, 20000), ALL.repeat(100, 1)
+    nats = model.nll_bound(texts, texts, S * 2)[0].view(100, 27, -1).mean(2).T # strata: each step equally often
+    slack, often = nats.mean(1) + p.log(), p > 0.005
+    error = 4 * (nats.var(1) / 100 + 1 / (20000 * p)).sqrt() # of the bound and of the share
+    assert often.sum() > 12 and (slack > -error)[often].all() and (slack[often] * p[often]).sum() < 0.3
+    assert kind != 'autoregressive' or (slack.abs() < error)[often].all()
+
+def test_steps_of_a_squared_error_add_up():
+    """ a normal step costs half the gain in signal-to-noise ratio times the error: of a constant guess all steps together are known """
+    model, idx = build(df_objective='pred_x0', df_scheduling_matrix='full_sequence', df_chunk_size=0, df_sampling_timesteps=8), torch.randint(9, (3, 7))
+    model.df_network = lambda x, k, past=None: torch.full_like(x, 0.1)
+    model.df_error.fill_(0.25)
+    real = df_real_levels(32, 8)[1:]
+    nats, _ = model.variant('full_sequence').nll_bound(idx, idx, 8) # a stratum per step
+    x0, a = model.embeddings()[idx], model.df_alphas_cumprod[-1]
+    prior = (a * x0.square() - a - (1 - a).log()).sum(-1) / 2
+    last = (-(0.1 - model.embeddings()[:9]).square().sum(-1) / 2 / 0.25).log_softmax(0)[idx]
+    expected = prior + (model.df_snr[real[0]] - model.df_snr[real[-1]]) / 2 * (x0 - 0.1).square().sum(-1) - last
+    assert torch.allclose(nats.mean(1), expected.sum(1), rtol=1e-3) and model.bound_name == 'nelbo_gaussian'
+
+def test_the_error_of_training_is_remembered_by_level():
+    model, idx = build(df_objective='pred_x0', df_timesteps=4, df_sampling_timesteps=4).train(), torch.randint(9, (64, 7))
+    model.df_network = lambda x, k: model.transformer.wte(idx) + k[..., None] + 1.0
+    for _ in range(200):
+        model(idx, idx)
+    assert torch.allclose(model.df_error, torch.tensor([1.0, 4.0, 9.0, 16.0]), rtol=1e-2) and 'df_error' in model.state_dict()
+    model.eval()(idx, idx)
+    before = model.df_error.clone()
+    assert torch.equal(before, model.df_error)
+
+def test_the_score_names_the_bound():
+    for objective, name, loss in ('pred_noise', 'nelbo_gaussian', 'mse'), ('pred_token', 'nelbo', 'ce'):
+        for attention in 'causal', 'full':
+            model, idx = build(df_objective=objective, attention=attention, begin_id=10), torch.randint(9, (4, 7))
+            found = score(model, [dict(idx=idx, targets=idx)], 2)
+            assert (found['name'], found['sign'], found['unit'], model.loss_name) == (name, '<=', 'nats/token', loss) and found['nats_per_token'] > 1
+            assert model.views().keys() == {'autoregressive', 'pyramid', 'full_sequence'} | ({'ar'} if (objective, attention) == ('pred_token', 'causal') else set())
+
+# ---- writing tokens
+
+@pytest.mark.parametrize('kind', [dict(), dict(df_sampling_timesteps=8, df_sampler='ddim', df_ddim_eta=0.5), dict(df_sampler='ddpm', df_scheduling_matrix='full_sequence'),
+                                  dict(df_scheduling_matrix='trapezoid', df_chunk_size=7, df_sampling_timesteps=3), dict(attention='full', df_uncertainty_scale=0.5)])
+def test_token_prompts_stay_and_text_outgrows_the_context(kind):
+    model, calls, steps = speller(block_size=7, **kind), [], []
+    model.df_context = lambda x, k: calls.append(x.size(1)) or DFGPT.df_context(model, x, k)
+    prompt = torch.tensor([[1, 2, 0, 1], [2, 1, -1, -1], [-1, 2, -1, 0]])
+    out = model.generate(prompt, 15, on_step=lambda *step: steps.append((step[1].clone(), *step[2:])))
+    assert out.shape == (3, 19) and torch.equal(out[:, :4][prompt != -1], prompt[prompt != -1]) and out.min() >= 0 and out.max() < 3
+    assert max(calls) == 7 and len(calls) == len(steps) == steps[-1][-1]['nfe'] and steps[-1][-1]['done'] == steps[-1][-1]['total'] == 19
+    shown = [idx[0].tolist() for idx, *_ in steps]
+    assert all(a == b or a == -1 for now, then in zip(shown, shown[1:]) for a, b in zip(now, then))
+    probs = torch.cat([probs for _, probs, _ in steps])
+    assert len(probs) == 3 * 15 + 4 and torch.allclose(probs.sum(-1), torch.ones(49)) and (probs[:, 3:] == 0).all()
+    assert torch.equal(model.generate(out, 0), out) and model.generate(torch.zeros(2, 0, dtype=torch.long), 3).shape == (2, 3)
+
+def test_temperature_top_k_and_top_p_shape_what_is_expected():
+    model, texts = speller(block_size=3, df_sampling_timesteps=2), []
+    for options in dict(temperature=0), dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4):
+        texts.append(model.generate(torch.full((20, 3), -1), 0, df_scheduling_matrix='autoregressive', **options))
+    assert all(torch.equal(texts[0], t) and (t == t[:1]).all() for t in texts)
+    assert len(model.generate(torch.full((200, 3), -1), 0).unique(dim=0)) > 8
+
+def test_guidance_goes_on_from_what_is_expected_behind_noise():
+    model, w = speller(block_size=4, df_sampling_timesteps=3, df_scheduling_matrix='full_sequence'), 1.5
+    prompt, seen, steps = torch.tensor([[2, 1, -1, -1]]).expand(500, -1), [], []
+    c, u = torch.tensor([2.0, 1.0, 0.0, -math.inf, -math.inf]), torch.tensor([0.0, 1.0, 0.5, -math.inf, -math.inf])
+    model.df_context = lambda x, k: seen.append(k[0].tolist()) or (u if k[0, 0] == 31 else c).expand(*k.shape, 5)
+    out = model.generate(prompt, 0, guidance=w, on_step=lambda *step: steps.append(step[-1]['nfe']))
+    p = (u + (1 + w) * (c - u))[:3].softmax(0)
+    assert steps == [2, 4, 6] and seen[0] == [0, 0, 31, 31] and seen[1] == [31] * 4 and seen[5][:2] == [31, 31]
+    assert (torch.bincount(out[:, 2:].flatten(), minlength=3) / 1000 - p).abs().max() < 0.05
+    for wrong in -1.0, math.nan:
+        with pytest.raises(AssertionError, match='guidance is'):
+            model.generate(prompt, 0, guidance=wrong)
+    with pytest.raises(AssertionError, match='with pred_token'):
+        build().generate(torch.zeros(1, 1, dtype=torch.long), 2, guidance=1.0)
+
+def test_options_of_a_call_are_settings_of_the_model():
+    model, nfe = speller(block_size=8, df_chunk_size=8), []
+    for options, expected in [({}, 32 + 7), (dict(steps=4), 4 + 7), (dict(steps=4, df_scheduling_matrix='full_sequence'), 4), (dict(steps=4, df_uncertainty_scale=0.5), 4 + 3),
+                              (dict(steps=2, df_scheduling_matrix='autoregressive'), 16), (dict(sampler='ddim', steps=1), 8)]:
+        model.generate(torch.full((1, 8), -1), 0, on_step=lambda *step: nfe.append(step[-1]['nfe']), **options)
+        assert nfe[-1] == expected and model.config.df_sampling_timesteps == 32 and model.path is None
+    for options, sentence in [(dict(steps=33), 'df_sampling_timesteps is 33'), (dict(steps=4, sampler='ddpm'), 'ddim or auto where sampling leaves levels out'),
+                              (dict(df_scheduling_matrix='cone'), 'expected one of pyramid'), (dict(sampler='first_hitting'), 'expected one of auto, mixture')]:
+        with pytest.raises(AssertionError, match=sentence):
+            model.generate(torch.full((1, 8), -1), 0, **options)
+
+def test_a_row_ends_at_its_stop():
+    model = speller(block_size=8, vocab_size=11, text_size=9, begin_id=9, df_scheduling_matrix='trapezoid', df_sampling_timesteps=2, df_chunk_size=0)
+    row = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [7, 5, 0, 0, 0, 0, 0, 0]])
+    model.df_context = lambda x, k: F.one_hot(row, 11) * 100.0
+    assert model.generate(torch.full((2, 8), -1), 0, stop=7).tolist() == [[1, 2, 3, 4, 5, 6, 7, 7], [7] * 8]
+    assert model.generate(torch.tensor([[-1] * 8, [7] + [-1] * 7]), 0, stop=7)[1].tolist() == row[1].tolist() # given, so not its own
+
 # ---- a picture
 
 @pytest.mark.parametrize('args, sentence', [
@@ -522,7 +760,7 @@ def test_the_plain_recipe_collapses():
             losses.append(loss.item())
         return model, losses
     assert train(GPT, 100)[1][-1] < 1
-    model, losses = train(DFGPT, 300, pos='learned', df_x0_wpe=True)
+    model, losses = train(DFGPT, 300, df_objective='pred_noise', pos='learned', df_x0_wpe=True)
     x, last = rows(256), torch.arange(16) == 15
     found = model.metrics(x, x)
     assert losses[-1] < losses[0] / 4 and found['embedding_spread'] < 0.4 and found['accuracy_level_8'] < 0.1

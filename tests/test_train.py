@@ -202,14 +202,17 @@ def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):
     """ from the weights of ar; what it reports is called what it is """
     out = tmp_path / 'run'
     text = run('train.py --objective=df', *TINY, f'--dataset={corpus}', f'--out_dir={out}', f'--init_from={trained[0]}/ckpt_best.pt', '--bound_samples=2')
-    assert 'mse is no bound: ' in text and 'squared error' in text and 'perplexity' not in text
-    assert json.loads((out / 'results.json').read_text())['weights']['raw']['scoreboard']['perplexity'] is None
+    readings = json.loads((out / 'results.json').read_text())['weights']
+    assert readings.keys() == {'raw', *(f'raw_as_{kind}' for kind in ('ar', 'autoregressive', 'pyramid', 'full_sequence'))} and 'raw weights as full sequence' in text
+    assert [readings[r]['scoreboard']['name'] for r in ('raw', 'raw_as_pyramid', 'raw_as_ar')] == ['nelbo', 'nelbo', 'nll'] and 'nelbo <=' in text
+    assert abs(readings['raw']['scoreboard']['nats_per_token'] - readings['raw_as_ar']['scoreboard']['nats_per_token']) < 1e-2
     assert all(0 <= float(log_of(out)[-1][k]) <= 1 for k in ('accuracy_level_8', 'accuracy_level_16', 'accuracy_level_24', 'embedding_spread'))
-    for stream in True, False:
-        text = run(f'sample.py --start=The --max_new_tokens=30 --num_samples=2 --top_k=3 --stream={stream}', f'--out_dir={out}')
+    for options in '--df_scheduling_matrix=full_sequence', '--stream=False --steps=4 --sampler=ddim --guidance=1 --df_uncertainty_scale=0.5':
+        text = run(f'sample.py --start=The --max_new_tokens=12 --num_samples=2 --top_k=3 {options}', f'--out_dir={out}')
         assert text.count('The') >= 2 and 'network evaluations' in text
-    assert 'df has no use for --steps: it takes max_new_tokens, temperature' in run('sample.py --steps=9', f'--out_dir={out}', code=2)
-    assert 'mse is no bound: ' in run('-m tools.compare', out, trained[0])
+    assert 'df has no use for --order: it takes max_new_tokens' in run('sample.py --order=entropy', f'--out_dir={out}', code=2)
+    table = run('-m tools.compare', out, trained[0])
+    assert 'df, raw as full sequence' in table and 'nelbo <=' in table and 'nll =' in table
 
 def test_bench(tmp_path):
     """ every objective and nanoGPT's network take turns; what is not measured is left out """

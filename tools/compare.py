@@ -77,7 +77,7 @@ def main():
         found = [row.get('orders', {}).get(name) for name in names]
         print(f"| {row['run']} | {row['objective']}, {row['reading'].replace('_', ' ')} | {row['parameters'] / 1e6:.2f}M | {row['train_tokens_seen'] / 1e6:.1f}M "
               f"| {row['name']} {row['sign']} {row['nats_per_token']:.4f} | {row['stderr_monte_carlo']:.4f} | {row['stderr_windows']:.4f} "
-              f"| {row['perplexity'] or math.nan:.2f} | {row['random_windows']:.4f} |",
+              f"| {row['perplexity'] or math.nan:.4g} | {row['random_windows']:.4f} |",
               *(f" {v[0]:.3f} +- {v[1]:.3f} |" if v else ' |' for v in found), sep='')
     if len({(row['windows'], row['tokens']) for row in table}) > 1:
         print("note: these runs were not scored on the same tokens", *sorted({f"{r['run']}: {r['windows']} {r['protocol']}, {r['tokens']} tokens scored" for r in table}), sep='\n  ')
