@@ -434,7 +434,7 @@ def end_rows(out, unknown, stop):
 
 def check_sampler(sampler, **options):
     """ a sentence for a name that does not exist and for an option that this sampler would not read """
-    for name, value, known in ('sampler', sampler, SAMPLERS), ('order', options['order'], ('random', *ORDERS)), ('schedule', options['schedule'], SCHEDULES):
+    for name, value, known in ('sampler', sampler, SAMPLERS), ('order', options['order'] or 'random', ('random', *ORDERS)), ('schedule', options['schedule'], SCHEDULES):
         assert value in known, f"{name} is {value!r}, expected one of {', '.join(known)}"
     neutral = {'order': 'random', 'schedule': 'linear', 'remask': 0}
     for name, value in options.items():
@@ -765,6 +765,7 @@ class Denoiser(GPT):
     """
     loss_name, bound_name = 'ce', None # whatever the provider's corruption is, its cross-entropy bounds no likelihood
     attentions = ('full', 'causal', 'block', 'hierarchical')
+    favourite_order = 'random'
 
     def __init__(self, config):
         super().__init__(config)
@@ -914,12 +915,13 @@ class Denoiser(GPT):
         return [(s, e, [(*block, next(share)) for *block, _ in blocks]) for s, e, blocks in windows]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', order='random', schedule='linear', confidence_threshold=None,
+    def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', order=None, schedule='linear', confidence_threshold=None,
                  entropy_budget=None, temperature=1.0, top_k=None, top_p=None, remask=0.0, guidance=0.0, stop=None, on_step=None):
         """
         Fill in every -1 of idx (B, T), anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays.
         Block by block, each given the finished ones before it, whose keys and values are cached, exactly. How many tokens a network call
-        reveals in each row is up to the sampler, which of them to `order`, random | confidence | entropy | margin | left_to_right (see ORDERS):
+        reveals in each row is up to the sampler, which of them to `order`, random | confidence | entropy | margin | left_to_right (see ORDERS);
+        None is what measured best: random in fixed, as the surest of one moment are neighbours that clash, else the class's favourite_order.
           first_hitting: one. In random order it is exact; in any other, at temperature 1, nll_order has its exact likelihood
           ancestral: the reverse process in `steps` steps in all, split evenly over the blocks (None: one per token); random by nature
           fixed: the same number in each of `steps` steps
@@ -936,9 +938,10 @@ class Denoiser(GPT):
         check_sampler(sampler, steps=steps, order=order, schedule=schedule, remask=remask, confidence_threshold=confidence_threshold, entropy_budget=entropy_budget)
         assert 0 <= remask < 1, f"remask is {remask}, expected a share in [0, 1)"
         assert guidance >= 0, f"guidance is {guidance}, expected 0 (off) or more"
+        order = order or ('random' if sampler in ('fixed', 'ancestral') else self.favourite_order)
         bound = next((b for b in (confidence_threshold, entropy_budget) if b is not None), BOUNDS.get(sampler))
         assert bound is None or bound >= 0, f"{SAMPLERS[sampler][-1]} is {bound}, expected 0 or more"
-        B, lead, looks, halves = idx.size(0), self.lead, order != 'random' or sampler in ACCEPTS, 1 + (guidance > 0)
+        B, lead, looks, halves = idx.size(0), self.lead, order not in ('random', 'left_to_right') or sampler in ACCEPTS, 1 + (guidance > 0)
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         unknown, step, nfe = out == -1, 0, 0
         assert not guidance or (~unknown).any(1).all(), "guidance compares with a text whose prompt is hidden, and there is a row without a prompt"
@@ -961,7 +964,7 @@ class Denoiser(GPT):
                         k = QUOTAS[sampler](hidden, own.sum(1), t, rest) if sampler in QUOTAS else hidden.any(1)
                         if not k.any():
                             continue
-                        rows = hidden if looks else leading(torch.rand(own.shape, device=own.device), hidden, k)
+                        rows = hidden if looks else leading(torch.rand(own.shape, device=own.device) if order == 'random' else torch.zeros_like(drawn), hidden, k)
                         b, i = rows.nonzero(as_tuple=True) # (R,) rows and positions within the block
                         at = b * (e - read) + s - read + i # flat, of what is read
                         only = torch.cat((at, at + B * (e - read))) if guidance else at
@@ -1005,6 +1008,7 @@ class MDLM(Denoiser):
     t is drawn per row, or per segment of a hierarchy.
     """
     bound_name = 'nelbo'
+    favourite_order = 'margin' # of samples of tiny shakespeare, an ar model's nll is 2.58 nats/char in this order, 2.62 to 2.89 in the others
 
     @property
     def loss_name(self):
@@ -1157,6 +1161,7 @@ class BD3LM(MDLM):
     t is drawn per block. Trained on the noisy and the clean copy of a text at once.
     """
     attentions = ('block', 'hierarchical')
+    favourite_order = 'left_to_right' # blocks of 4: 1.56 nats/char, 1.77 to 2.19 in the others
     two_streams = True
 
     def forward(self, idx, targets=None, block_ids=None):

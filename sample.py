@@ -33,7 +33,7 @@ top_p = None # draw from the fewest tokens whose probabilities add up to p
 # how denoise, mdlm, bd3lm and df write; None: not given. A sampler refuses what it has no use for
 sampler = None # first_hitting (their default, one token per network call) | ancestral | fixed | threshold | entropy_bound (several); of df: mixture | ddim | ddpm
 steps = None # ancestral, fixed: reverse steps in all, split evenly over the blocks; None: one per new token. df: noise levels that a token passes
-order = None # which hidden tokens come first, but for ancestral: random (the default) | confidence | entropy | margin | left_to_right
+order = None # which hidden tokens come first, but for ancestral: random | confidence | entropy | margin | left_to_right; None: what measured best (README)
 schedule = None # ancestral, fixed: linear (the default) | cosine, few tokens per step at first, many at the end
 confidence_threshold = None # threshold: take every token the model is surer of than this probability; None: 0.9
 entropy_budget = None # entropy_bound: nats of entropy that the tokens of one call may have together, less the largest; None: 0.1

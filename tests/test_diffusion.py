@@ -491,7 +491,7 @@ def test_first_hitting_draws_from_the_model(kind):
     model, x = tiny(kind[0], V=2 if kind[0] == 'mdlm' else 3, **kind[1])
     p, n = exact_log_p(model, x).exp(), 20000
     torch.manual_seed(0)
-    out = model.generate(torch.zeros(n, 0, dtype=torch.long), 4)
+    out = model.generate(torch.zeros(n, 0, dtype=torch.long), 4, order='random')
     V = model.config.text_size
     counts = torch.bincount((out * V ** torch.arange(3, -1, -1)).sum(1), minlength=len(x)).double()
     rare = p * n < 5

@@ -22,7 +22,7 @@ KINDS = [('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)), ('bd3lm', dict(d
          ('mdlm', dict(attention='hierarchical', segments='2,2,4'))]
 every_kind = pytest.mark.parametrize('kind', KINDS, ids=lambda k: '-'.join([k[0], *map(str, k[1].values())]))
 EVERY_WAY = [dict(sampler=s, **more) for s in SAMPLERS for more in
-             [{}, *([dict(order=o) for o in ORDERS] if 'order' in SAMPLERS[s] else []),
+             [*([dict(order=o) for o in ('random', *ORDERS)] if 'order' in SAMPLERS[s] else [{}]),
               *([dict(steps=3), dict(steps=5, schedule='cosine'), dict(steps=4, remask=0.5)] if 'steps' in SAMPLERS[s] else [])]]
 every_way = pytest.mark.parametrize('way', EVERY_WAY, ids=lambda w: '-'.join(map(str, w.values())))
 
@@ -166,6 +166,15 @@ def test_an_order_looks_at_the_model_alone():
         first = [(write(model, torch.tensor([[1, 4]]), 6, seed, order=order, **how)[1][0][0] != -1).tolist()
                  for seed, how in enumerate([{}, dict(temperature=0), dict(temperature=5.0), dict(top_k=1), dict(top_p=0.1)])]
         assert all(f == first[0] for f in first) and sum(first[0][0]) == 3
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind, favourite', [('mdlm', 'margin'), ('bd3lm', 'left_to_right'), ('denoise', 'random')])
+def test_the_order_nobody_chose(kind, favourite):
+    """ is the class's own; random where a fixed number is revealed, not chosen for being sure """
+    model, prompt = build(kind, **({'diffusion_block_size': 4} if kind == 'bd3lm' else {})), torch.tensor([[1], [4]])
+    for way, order in ({}, favourite), (dict(sampler='threshold'), favourite), (dict(sampler='fixed', steps=5), 'random'):
+        found = {o: write(model, prompt, 7, **way, order=o) for o in (None, 'random', *ORDERS)}
+        assert [o for o in ('random', *ORDERS) if same(found[None], found[o])] == [order]
 
 def test_orders_by_hand():
     p = torch.tensor([[0.5, 0.5, 0.0], [0.6, 0.2, 0.2], [0.55, 0.4, 0.05]])
