@@ -306,7 +306,7 @@ def test_remasking_takes_the_least_probable():
     model = build('mdlm', block_size=16)
     logits = torch.tensor([0.6, 0.2, 0.1, 0.05, 0.05, 0, 0, 0]).log()
     model.logits = lambda x: logits.expand(*x.shape[:-1], -1)
-    model.one_stream = lambda xt, only: torch.zeros(len(only), 1)
+    model.one_stream = lambda xt, ids, only: torch.zeros(len(only), 1)
     out, calls = write(model, empty(200), 16, sampler='fixed', steps=8, remask=0.5, temperature=1.0)
     before = calls[-2][0] # after the seventh call 14 stood, 7 were hidden again
     assert ((before == -1).sum(1) == 9).all() and (before[before != -1] == 0).double().mean() > 0.95
@@ -436,7 +436,7 @@ def test_settings_reach_generate_or_are_refused(sample_py):
     assert 'a prompt has a gap' in sample_py('ar', '--start=my[[4]]love', code=2)[1]
     _, err = sample_py('mdlm', '--start=my', '--max_new_tokens=20', '--num_samples=2', '--sampler=fixed', '--steps=5', '--guidance=1')
     assert '40 tokens at most, 20 network evaluations' in err
-    names = [k for k in inspect.signature(build('mdlm').generate).parameters if k not in ('idx', 'on_step')]
+    names = [k for k in inspect.signature(build('mdlm').generate).parameters if k not in ('idx', 'on_step', 'block_ids')]
     assert all(hasattr(sample, k) for k in names) # the same names here and there
 
 class Screen(io.StringIO):
@@ -452,7 +452,7 @@ def test_progress(monkeypatch, tty):
     monkeypatch.setattr(sys, 'stderr', err)
     monkeypatch.setattr(sys, 'stdout', out)
     progress = sample.Progress(40, 2)
-    printer, idx = sample.Printer(Tokenizer(META), None, {0, 1}, progress), torch.full((1, 42), -1)
+    printer, idx = sample.Printer(Tokenizer(META).decode, progress), torch.full((1, 42), -1)
     idx[0, :2], idx[0, 22:32] = 0, 0
     for now in 100.1, 110.0, 110.1:
         clock[0] = now
