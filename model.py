@@ -833,24 +833,28 @@ class Denoiser(GPT):
         assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
         ids = self.ids[:T] if block_ids is None else block_ids
         # nobody looks at the clean copy of the last block, and the last token is nobody's past
-        n = T - 1 if clean_too or block_ids is not None else self.id_list.index(self.id_list[T - 1])
+        hierarchy = block_ids is not None and only is not None and self.config.attention == 'hierarchical' # its blocks, but for pads
+        n = T - 1 if clean_too or block_ids is not None and not hierarchy else self.id_list.index(self.id_list[T - 1])
+        q = self.config.lengths[0] if hierarchy and not clean_too else 0 # nor is the noisy copy of a question ever asked for
         clean = F.pad(x0[:, :n], (lead, 0), value=self.config.begin_id or 0)
         if clean.size(1) == 0: # one block spans the sequence
             return self.one_stream(xt, block_ids, only)
-        mask = self.two_stream_mask(ids, T, n) if block_ids is not None else \
+        mask = self.two_stream_mask(ids, T, n, q) if block_ids is not None else \
             self.kept((T, n, xt.device), lambda: self.two_stream_mask(ids, T, n))
         # a noisy token stands where its clean copy stands
-        pos = torch.cat((torch.arange(T, device=xt.device) + lead, torch.arange(n + lead, device=xt.device)))
-        x = torch.cat((xt, clean), dim=1)
-        return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T, only=only)
+        pos = torch.cat((torch.arange(q, T, device=xt.device) + lead, torch.arange(n + lead, device=xt.device)))
+        x = torch.cat((xt[:, q:], clean), dim=1)
+        only = (only // T * (T - q) + only % T - q).clamp(min=0) if q else only # flat in what is left; of a question, anything
+        return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T - q, only=only)
 
-    def two_stream_mask(self, ids, T, n):
+    def two_stream_mask(self, ids, T, n, q=0):
         """
-        The rule for T noisy rows, then begin and n clean ones, in parts that compute less than half of the dense matrix: clean rows look
+        The rule for T noisy rows, without the first q, then begin and n clean ones, in parts that compute less than half of the dense matrix: clean rows look
         at clean ones only, and a run of some 128 rows needs no later ones. FlexAttention finds what to skip by itself.
         """
-        lead, row = self.lead, torch.arange(T + n + self.lead, device=ids.device)
-        block = torch.cat((ids + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
+        lead, T = self.lead, T - q
+        row = torch.arange(T + n + lead, device=ids.device)
+        block = torch.cat((ids[..., q:] + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
         listed = self.id_list if ids.dim() == 1 and not self.flex(ids.device) else None # None: in one run
         noisy, clean = [], [(n + lead, n + lead, 'causal')] if self.config.clean_causal else []
         for s, e in whole_blocks(listed[:T], 128) if listed else [(0, T)]:
@@ -1079,6 +1083,8 @@ class MDLM(Denoiser):
         """ a fixed number of rows, so that nothing waits for the device, that holds all masked ones but once in 10^9 steps """
         c, G = self.config, B * (self.id_list[T - 1] + 1 if self.blockwise else 1)
         equal = not self.blockwise or len(set(Counter(self.id_list[:T]).values())) == 1
+        if block_ids is not None and c.attention == 'hierarchical':
+            return B * (T - c.lengths[0])
         if block_ids is not None or self.two_streams and c.diffusion_block_size == 1:
             return B * T
         # a level per token averages out; stratified levels of equal groups hardly vary; those of unequal ones count as if drawn freely

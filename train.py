@@ -56,7 +56,7 @@ mlp = 'swiglu' # swiglu | gelu | gelu_tanh
 qk_norm = True # layernorm on queries and keys
 tie_weights = False # one matrix for embedding and head
 init = 'zero' # zero | gpt2: how output projections start
-attention = None # causal | full | block | hierarchical; None: the objective's own default
+attention = None # causal | full | block | hierarchical; None: hierarchical where data has segments and the objective knows it, else the objective's default
 diffusion_block_size = 16 # tokens per block; block_size is the whole context. 0: segments of a hierarchy stay whole
 segments = '' # lengths of a hierarchy on plain text, the question first: 32,32,64; other datasets bring their own
 causal_within_block = False # plan and execution see no later tokens of their own block
@@ -211,7 +211,8 @@ try:
             assert corpus.meta.get(k) == v, f"the weights of {init_from} read other tokens than {dataset} has: {k} is {v!r} there, {corpus.meta.get(k)!r} here"
     known = config | corpus.meta
     shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
-    shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or kind.attentions[0])
+    default = 'hierarchical' if 'segments' in corpus.meta and 'hierarchical' in kind.attentions else kind.attentions[0]
+    shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or default)
     shape['diffusion_block_size'] = diffusion_block_size or None
     raw_model = kind(models.GPTConfig(**shape)).to(device)
     if 'segments' in corpus.meta:

@@ -132,6 +132,21 @@ def test_levels_are_spread_over_what_is_scored():
     xt, masked, t = model.corrupt(batch['idx'], plan, batch['block_ids'])
     assert ((t[:, 4].sort().values * 4).ceil() == torch.arange(1, 5)).all() and not masked[:, 8:].any() and not masked[:, :4].any()
 
+@every_way
+@torch.no_grad()
+def test_what_is_asked_for_is_the_same_without_the_rest(way):
+    """ the noisy question and the clean copy of the last block are left out where only hidden tokens are asked for """
+    model, layout, batch = make(way)
+    xt = hide(batch)
+    only = (batch['targets'].flatten() != -1).nonzero()[:, 0]
+    whole = model.two_stream(xt, batch['idx'], batch['block_ids']).flatten(0, 1)
+    seen, embed = [], model.embed
+    model.embed = lambda idx, pos: seen.append(idx.size(1)) or embed(idx, pos)
+    assert torch.allclose(model.two_stream(xt, batch['idx'], batch['block_ids'], only=only), whole[only], atol=1e-10)
+    assert seen == [12 + model.id_list.index(model.id_list[-1]) + model.lead]
+    model.embed, rows = embed, model.rows(batch['targets'] != -1, batch['block_ids'])
+    assert set(only.tolist()) <= set(rows.tolist()) and len(rows) == 4 * 12
+
 # ---- generation
 
 def ask(model, layout, questions, **options):
