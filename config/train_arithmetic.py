@@ -1,10 +1,9 @@
 """
 Plan, then execute: word problems in two steps, generated, no network needed. Block diffusion over question, plan and execution.
 $ python train.py config/train_arithmetic.py
-$ python train.py config/train_arithmetic.py --objective=mdlm --out_dir=out-arithmetic-mdlm
 $ python train.py config/train_arithmetic.py --skip=plan --out_dir=out-arithmetic-no-plan
-$ python train.py config/train_arithmetic.py --objective=mdlm --attention=full --out_dir=out-arithmetic-full
 $ python train.py config/train_arithmetic.py --objective=ar --out_dir=out-arithmetic-ar
+Other comparisons on the same rows: --objective=mdlm (one noise level per segment), and that with --attention=full (no hierarchy).
 $ python sample.py --out_dir=out-arithmetic --start="Ann has 7 figs. Bob has 5 more than Ann. Cid has 2 fewer than Bob. How many has Bob?"
 """
 out_dir = 'out-arithmetic'

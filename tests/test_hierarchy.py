@@ -2,18 +2,21 @@
 Laws of question, plan and execution: who sees whom, that nobody sees pads, and that what is trained is what is generated.
 Ids 0 to 3 are text, 4 is the end, 6 begins, 7 is [MASK], 8 pads.
 """
+import json
 import os
 import runpy
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import prepare
-from model import block_ids, dense_mask
+from model import block_ids, dense_mask, load_checkpoint
 from prepare import Layout
 from tests.test_diffusion import build
+from tools import answers, plot
 
 ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
 SEGMENTS, META = 'question:4,plan:4,execution:8', dict(end_id=4, pad_id=8)
@@ -287,3 +290,53 @@ def test_train_and_ask(problems, tmp_path, here, args):
 ])
 def test_wrong_settings_are_said(problems, tmp_path, here, args, says):
     assert says in here('train.py', *SMALL, *args.split(), f'--dataset={problems}', f'--out_dir={tmp_path}/run', code=2)
+
+def test_answers(problems, tmp_path, here, monkeypatch):
+    """ one table of several runs; what is right counts as right; ar's nats add up; JSON beside the run """
+    for name, args in ('ar', '--objective=ar'), ('bd3lm', '--objective=bd3lm --diffusion_block_size=8'), ('short', '--objective=bd3lm --diffusion_block_size=8 --skip=plan'):
+        here('train.py', *SMALL, *args.split(), f'--dataset={problems}', f'--out_dir={tmp_path}/{name}')
+    sizes = ['--num_samples=9', '--batch_size=4', '--bound_samples=2', '--device=cpu']
+    text = here('tools/answers.py', *(f'{tmp_path}/{name}' for name in ('ar', 'bd3lm', 'short')), f'{tmp_path}/bd3lm,sampler=fixed,steps=8|12', *sizes)
+    assert text.count(' to 0.') == 5 and text.count('given generated') == 1
+    found = {name: json.loads((tmp_path / name / 'answers.json').read_text()) for name in ('ar', 'bd3lm', 'short')}
+    assert [len(rows) for rows in found.values()] == [1, 3, 1] and [row['nfe'] <= n for row, n in zip(found['bd3lm'], (64, 8, 12))] == [True] * 3
+    assert 'plan_same' not in found['short'][0] and found['bd3lm'][0]['questions'] == 9 and 0 < found['ar'][0]['chance'] < 1
+    gpt, _ = load_checkpoint(tmp_path / 'ar' / 'ckpt_best.pt')
+    corpus = prepare.Records(str(problems))
+    batch = next(corpus.windows('test', 9, 201))
+    assert abs(gpt.nll_bound(*map(torch.from_numpy, batch.values()))[0].mean() - found['ar'][0]['nats_plan'] - found['ar'][0]['nats_execution']) < 1e-3
+    assert 'has no use for magic' in here('tools/answers.py', f'{tmp_path}/ar,magic=1', *sizes, code=2) and 'name the folders' in here('tools/answers.py', code=2)
+
+    def oracle(model, idx, max_new_tokens, stop=None, on_step=None, **options): # writes what the data says, but for the first row of a batch
+        raw = corpus.raw('test', slice(None))
+        packed = corpus.layout.rows(raw)['idx']
+        rows = [next(r for r in packed if (r[:n] == row[:n]).all()) for row in idx.tolist() for n in [row.index(-1) if -1 in row else len(row)]]
+        rows[0] = rows[0] * 0
+        on_step(1, idx, None, {'nfe': 7})
+        return torch.tensor(np.stack(rows))
+    monkeypatch.setattr(type(gpt), 'generate', oracle)
+    found = answers.answered('oracle', f'{tmp_path}/ar', {})[0]
+    n = found['questions']
+    wrong = -(-n // 32)
+    assert found['accuracy'] == found['plan_same'] == (n - wrong) / n and found['nfe'] == 7 and found['accuracy_low'] < found['accuracy'] < found['accuracy_high'] <= 1
+
+def test_answers_and_intervals():
+    assert answers.answer('1 + 1 = 2\n#### 1,200') == answers.answer('#### $1200.00') == 1200 and answers.answer('#### 3 x') == '3 x' and answers.answer(' so it is ') == 'so it is'
+    assert answers.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and answers.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+
+def test_masks_from_a_config_alone(tmp_path, here, monkeypatch):
+    """ of a dataset that nobody prepared, too; the picture shows dense_mask with lines where segments begin """
+    pytest.importorskip('matplotlib')
+    from matplotlib.figure import Figure
+    for args, pairs, lines in [('config/train_arithmetic.py --dataset=arithmetic', None, 5), ('--objective=mdlm --segments=question:2,plan:2 --block_size=4', 2 * 2 + 2 * 4, 1),
+                               ('--objective=mdlm --segments=2,2 --block_size=4 --causal_within_block=True', 2 * 2 + 3 + 4, 1), ('--objective=ar --block_size=4', 10, 0)]:
+        config, own = plot.read_settings(args.split())
+        monkeypatch.setattr(plot, 'objective', own['objective'])
+        axes = Figure().subplots()
+        plot.plot_mask(config, axes)
+        shown = axes.images[0].get_array()
+        assert axes.get_xlabel() == 'Key position' and axes.get_ylabel() == 'Query position' and len(axes.lines) == 2 * lines
+        assert pairs is None or shown.sum() == pairs
+    here(f'tools/plot.py mask config/train_arithmetic.py --dataset=arithmetic --output={tmp_path}/mask.png')
+    assert (tmp_path / 'mask.png').stat().st_size > 1000
+    assert 'expected one of ar' in here('tools/plot.py mask --objective=gpt', code=2)

@@ -296,14 +296,16 @@ def test_readme_commands(tmp_path):
     book = tmp_path / 'book.txt'
     book.write_text('All work and no play\nmakes a dull text. ' * 100)
     prepare.prepare('text', str(tmp_path / 'data'), 'byte', input=str(book))
+    prepare.prepare('arithmetic', str(tmp_path / 'records'), max_records=200)
     runs = {}
     for i, command in enumerate(trains): # what it would call its folder, and where it is here
         config = open(os.path.join(ROOT, re.search(r'config/\w+\.py', command)[0])).read()
         name = (re.search(r'--out_dir=([\w-]+)', command) or re.search(r"^out_dir = '([\w-]+)", config, re.M))[1]
         runs[name] = tmp_path / str(i)
-        run(command, *TINY, '--max_iters=2', '--scoreboard_windows=2', f'--dataset={tmp_path}/data', f'--out_dir={runs[name]}')
+        data = ['--block_size=0', f'--dataset={tmp_path}/records'] if 'block_size = 0' in config else [f'--dataset={tmp_path}/data'] # the one of segments
+        run(command, *TINY, '--max_iters=2', '--scoreboard_windows=2', *data, f'--out_dir={runs[name]}')
     run('train.py --init_from=resume --max_iters=3', f'--out_dir={runs[name]}')
     for command in sorted(c.strip() for c in commands if c.startswith('sample.py')):
         name = re.search(r'--out_dir=([\w-]+)', command)[1]
-        command = re.sub(r'--start=("[^"]*"|\S+)', '--start=All', command)
+        command = re.sub(r'--start=("[^"]*"|\S+)', '--start=All', command) # in both vocabularies
         run(command, '--max_new_tokens=5', f'--out_dir={runs[name]}')

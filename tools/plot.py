@@ -45,7 +45,7 @@ def plot_mask(config, axes):
     cut = config.diffusion_block_size if config.attention == 'block' or streams == 2 else None
     ids = block_ids(config.attention, T, cut, config.lengths)
     mask = dense_mask(ids.repeat(streams), torch.arange(streams * T) < T * (streams - 1), config.clean_causal, question=0 if config.causal_within_block else None)
-    axes.imshow(mask, cmap='Purples', interpolation='nearest', vmax=1.5)
+    axes.imshow(mask.numpy(), cmap='Purples', interpolation='nearest', vmax=1.5)
     lengths = config.lengths or [T]
     names = [part.partition(':')[0] if ':' in part else '' for part in (config.segments or '').split(',')]
     labels = [f"{name or f'segment {i}' if config.lengths else 'text'}{stream}" for stream in ((' xt', ' x0') if streams == 2 else ('',)) for i, name in enumerate(names)]
