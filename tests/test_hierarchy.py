@@ -4,9 +4,6 @@ Ids 0 to 3 are text, 4 is the end, 6 begins, 7 is [MASK], 8 pads.
 """
 import json
 import os
-import runpy
-import signal
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ import prepare
 from model import block_ids, dense_mask, load_checkpoint
 from prepare import Layout
 from tests.test_diffusion import build
+from tests.test_train import here # noqa: F401, a fixture
 from tools import answers, plot
 
 ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
@@ -247,25 +245,6 @@ def problems(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'arithmetic'
     prepare.prepare('arithmetic', str(folder), max_records=200, difficulty=1)
     return folder
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """ a script as a command, with fresh settings, but in this process, which has torch already -> stdout and stderr in one string """
-    def run(command, *more, code=0):
-        script, *args = [*command.split(), *more]
-        monkeypatch.setattr(sys, 'argv', [script, *args])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        left = 0
-        try:
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-        except SystemExit as e:
-            left = e.code
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        done = capsys.readouterr()
-        assert left == code, done.out + done.err
-        return done.out + done.err
-    return run
 
 SMALL = ('--block_size=0 --batch_size=4 --n_layer=1 --n_head=2 --n_embd=16 --max_iters=3 --warmup_iters=1 --eval_interval=3 --eval_iters=1 --bound_samples=1 '
          '--scoreboard_windows=4 --device=cpu --compile=False --curriculum=0.5').split()
