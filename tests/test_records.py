@@ -142,6 +142,7 @@ def test_arithmetic_is_right_and_its_splits_are_disjoint():
     assert splits == script.corpus(difficulty=3, max_records=2000)['splits'] != script.corpus(difficulty=3, max_records=2000, seed=1)['splits']
     assert not set(r['question'] for r in script.corpus(difficulty=3, max_records=5000, seed=1)['splits']['test']) & set(r['question'] for r in splits['train'])
     for r in splits['train']:
+        assert sorted(r['facts'].split('\n')) == sorted(f for f in re.findall(r'[A-Z][^.?]*\.', r['question']) if f.split()[0] in [r['facts'].split()[0]] + [p.split()[0] for p in r['plan'].split('\n')])
         facts = dict(re.findall(r'(\w+) has (\d) (?!more|fewer|times)', r['question'])) # the plan alone and the question make the answer
         for step in r['plan'].split('\n'):
             name, _, other, op, n = step.split()

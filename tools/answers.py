@@ -5,7 +5,7 @@ $ python -m tools.answers "out-arithmetic,sampler=threshold" "out-arithmetic,sam
 A contender is the folder of a run and options of its generate, with commas between; a|b|c is a row for each. Columns: accuracy, with its 95 %
 interval (Wilson): does what the execution gives as its answer (after ####, else all of it) equal the true one? Beside it chance, how often
 the commonest true answer is right. plan same: plans that come to what the true one does, by same_plan of data/NAME/check.py (without one: equal
-text). Nats per record, a bound but for ar: of the true plan with the execution hidden, of the true execution given the true plan, and given
+text). Options like order=confidence and temperature=0 ask for the likeliest answer instead of one of many. Nats per record, a bound but for ar: of the true plan with the execution hidden, of the true execution given the true plan, and given
 the plan that was generated. What is printed also lands in answers.json beside each run.
 """
 import inspect

@@ -6,6 +6,8 @@ $ python prepare.py arithmetic --difficulty=3 --max_records=200000 --dataset=ari
 Ann has 7 figs. Cid has 2 times as many as Bob. Bob has 5 more than Ann. How many has Cid?   (facts in any order, and one that is of no use)
 Bob = Ann + 5, Cid = Bob * 2                                                              (the plan: only what is needed, in an order that works, a line each)
 7 + 5 = 12, 12 * 2 = 24, #### 24                                                          (the execution)
+A fourth level, for whoever names it, is `facts`, those of the question that are needed, in the order of the plan:
+$ python prepare.py arithmetic --dataset=arithmetic4 --segments=question:136,facts:96,plan:32,execution:32
 A problem takes 1 to `difficulty` steps, every number of them equally often. Its question decides on the split, so no problem is in two of
 them, whatever seed and number are. Numbers are 1 to 9 in the question and 1 to 99 on the way.
 """
@@ -42,8 +44,9 @@ def problem(rng, steps):
         if all(1 <= value <= 99 for value in values.values()):
             break
     asked = names[steps]
+    needed = facts[:steps + 1]
     rng.shuffle(facts)
-    return {'question': ' '.join(facts + [f"How many has {asked}?"]), 'plan': '\n'.join(plan[:steps]),
+    return {'facts': '\n'.join(needed), 'question': ' '.join(facts + [f"How many has {asked}?"]), 'plan': '\n'.join(plan[:steps]),
             'execution': '\n'.join(execution[:steps] + [f"#### {values[asked]}"])}
 
 def split_of(question):
