@@ -13,6 +13,7 @@ BD3-LM for the two-stream mask (https://arxiv.org/abs/2503.09573), diffusion for
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import os
 from collections import Counter
@@ -54,7 +55,7 @@ ATTENTIONS = {
     'hierarchical': _hierarchical_ids,
 }
 
-def mask_mod(block, noisy, clean_causal=False):
+def mask_mod(block, noisy, clean_causal=False, question=None):
     """
     The one attention rule, a pure function of indices, for SDPA (as a bool matrix) and FlexAttention alike.
     block: (N,) or (B, N) int, the block of each row; noisy: (N,) bool, this row is the corrupted copy of a token whose
@@ -62,30 +63,33 @@ def mask_mod(block, noisy, clean_causal=False):
     later block and by its own clean block. The diagonal is always allowed, so no row of a softmax is ever empty.
     With block = cat(ids, ids), noisy first, this is BD3-LM's three-part training mask (https://arxiv.org/abs/2503.09573).
     clean_causal: a clean row sees no later clean row of its own block either, so the clean rows alone are a GPT.
+    question: the largest id of what a hierarchy is given; no row of a larger one sees a later row of its own block. None: they do.
     """
     def mod(b, h, q_idx, kv_idx):
         at = (lambda i: block[i]) if block.dim() == 1 else (lambda i: block[b, i])
         same, past = at(q_idx) == at(kv_idx), at(q_idx) > at(kv_idx)
+        if question is not None:
+            same = same & ((q_idx >= kv_idx) | (at(q_idx) <= question))
         clean = same & ~noisy[q_idx]
         if clean_causal:
             clean = clean & (q_idx >= kv_idx)
         return torch.where(noisy[kv_idx], same & noisy[q_idx], past | clean)
     return mod
 
-def dense_mask(block, noisy=None, clean_causal=False, rows=None, cols=None):
+def dense_mask(block, noisy=None, clean_causal=False, rows=None, cols=None, question=None):
     """ mask_mod as a bool matrix, True = may look: (N, N) for block (N,), (B, 1, N, N) for block (B, N); or only some rows, columns """
     i = torch.arange(block.size(-1), device=block.device)
     noisy = torch.zeros_like(i, dtype=torch.bool) if noisy is None else noisy
     b = None if block.dim() == 1 else torch.arange(block.size(0), device=block.device)[:, None, None, None]
     q, k = i if rows is None else rows, i if cols is None else cols
-    return mask_mod(block, noisy, clean_causal)(b, None, q[:, None], k[None, :])
+    return mask_mod(block, noisy, clean_causal, question)(b, None, q[:, None], k[None, :])
 
-def flex_mask(block, noisy=None, clean_causal=False, rows=None, cols=None):
+def flex_mask(block, noisy=None, clean_causal=False, rows=None, cols=None, question=None):
     """ the same for FlexAttention, which skips the tiles that nobody may look at """
     from torch.nn.attention.flex_attention import create_block_mask
     i = torch.arange(block.size(-1), device=block.device)
     noisy = torch.zeros_like(i, dtype=torch.bool) if noisy is None else noisy
-    mod, q, k = mask_mod(block, noisy, clean_causal), i if rows is None else rows, i if cols is None else cols
+    mod, q, k = mask_mod(block, noisy, clean_causal, question), i if rows is None else rows, i if cols is None else cols
     return create_block_mask(lambda b, h, q_idx, kv_idx: mod(b, h, q[q_idx], k[kv_idx]), block.size(0) if block.dim() > 1 else None,
                              None, len(q), len(k), device=block.device)
 
@@ -183,7 +187,8 @@ class GPTConfig:
     init: str = 'zero' # zero: output projections (and an untied head) start at 0 | gpt2: small normals, scaled by depth
     attention: str = 'causal' # causal | full | block | hierarchical: see block_ids
     diffusion_block_size: int = None # tokens per block; None: segments of a hierarchy stay whole
-    segments: str = None # lengths of a hierarchy, the question first: '128,128,256'
+    segments: str = None # lengths of a hierarchy, the question first: '128,128,256', each with or without a name, 'plan:128'
+    causal_within_block: bool = False # hierarchical: plan and execution see no later tokens of their own block
     mask_id: int = None # what a hidden token reads as
     t_min: float = 0.0 # noise levels that training draws; bounds always use all of (0, 1]
     t_max: float = 1.0
@@ -219,8 +224,16 @@ class GPTConfig:
         assert self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
         head = self.n_embd // self.n_head
         assert self.pos != 'rope' or head % 2 == 0, f"rope turns pairs: a head of {head} dimensions (n_embd / n_head) is odd"
+        assert not self.causal_within_block or self.attention == 'hierarchical', "causal_within_block is about the segments of attention=hierarchical"
         self.text_size = self.vocab_size if self.text_size is None else self.text_size
         assert self.text_size <= self.vocab_size, f"text_size {self.text_size} exceeds vocab_size {self.vocab_size}"
+
+    @property
+    def lengths(self):
+        """ of the segments, [] where there are none """
+        parts = [part.rpartition(':')[2].strip() for part in self.segments.split(',')] if self.segments else []
+        assert not parts or len(parts) > 1 and all(n.isdecimal() and int(n) > 0 for n in parts), f"segments is {self.segments!r}, expected lengths like 32,32,64"
+        return [int(n) for n in parts]
 
     @property
     def n_positions(self):
@@ -427,10 +440,10 @@ def settled(out):
     return int((out != -1).all(0).long().cumprod(0).sum())
 
 def end_rows(out, unknown, stop):
-    """ what a row wrote after its first stop does not count and becomes stop, in place; has every row ended? All before a stop must be written """
+    """ what a row wrote after its first stop does not count and becomes stop, in place -> (B, N) bool, from the stop on. All before a stop must be written """
     ended = ((out == stop) & unknown & (out != -1).cumprod(1).bool()).cumsum(1) > 0
     out.masked_fill_(ended & unknown, stop)
-    return bool(ended[:, -1].all())
+    return ended
 
 def check_sampler(sampler, **options):
     """ a sentence for a name that does not exist and for an option that this sampler would not read """
@@ -688,7 +701,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None, on_step=None):
         """
         Continue idx (B, T), T >= 0, by max_new_tokens: (B, T + max_new_tokens). Rows may differ in prompt length: -1 behind a
-        row's prompt means "yours to fill". stop: a token id; a row that emitted it is filled up with it.
+        row's prompt means "yours to fill". stop: a token id; a row that emitted it, once per segment to write, is filled up with it.
         on_step(step, idx, probs, state): called after every token with what is written so far, the distributions it came
         from (B, V) and {'nfe': network evaluations, 'done': positions settled, 'total': positions in all}.
         The KV cache is exact. When the context is full, the newer half of it is read again from position 0 and writing goes on.
@@ -699,7 +712,7 @@ class GPT(nn.Module):
         assert first + begin.size(1) > 0, "without a begin id a prompt needs at least one token"
         assert ((idx != -1).cumprod(1).sum(1) == given).all(), "a prompt has a gap (-1 before a given token): ar only writes on"
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
-        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        ended, stops = torch.zeros(B, dtype=torch.bool, device=idx.device), torch.zeros(B, dtype=torch.long, device=idx.device)
         cache = None
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
             for n in range(first, out.size(1)): # the shortest prompt decides where writing starts
@@ -718,7 +731,8 @@ class GPT(nn.Module):
                     token = token.masked_fill(ended, stop)
                 out[:, n] = token if n >= T else torch.where(out[:, n] == -1, token, out[:, n]) # a longer prompt keeps its own
                 if stop is not None:
-                    ended |= (out[:, n] == stop) & (n >= given)
+                    stops += (out[:, n] == stop) & (n >= given)
+                    ended = stops >= max(1, len(self.config.lengths) - 1)
                 if on_step is not None:
                     on_step(n - first + 1, out[:, :n + 1], probs, {'nfe': n - first + 1, 'done': n + 1, 'total': out.size(1)})
                 if stop is not None and ended.all():
@@ -775,13 +789,16 @@ class Denoiser(GPT):
         assert self.two_streams or not c.clean_causal, f"clean_causal is about the clean stream of bd3lm, and {name} has none: leave it out"
         assert c.clean_causal or c.ar_weight == 0 or not self.two_streams, \
             "ar_weight needs clean_causal=True: else a clean token sees the next one"
-        segments = [int(n) if n.strip().isdigit() else 0 for n in c.segments.split(',')] if c.segments else None
-        assert segments is None or len(segments) > 1 and min(segments) > 0, f"segments is {c.segments!r}, expected lengths like 32,32,64"
         cut = c.diffusion_block_size if c.attention == 'block' or self.two_streams else None
-        self.register_buffer('ids', block_ids(c.attention, c.block_size, cut, segments), persistent=False)
+        self.register_buffer('ids', block_ids(c.attention, c.block_size, cut, c.lengths), persistent=False)
         self.id_list = self.ids.tolist() # for decisions that must not wait for a device
         self._masks = {} # built once per length and device
     two_streams = False # trained on a noisy and a clean copy of the text at once
+
+    @property
+    def question(self):
+        """ the id of the question, where all later segments are causal within their blocks """
+        return self.lead if self.config.causal_within_block else None
 
     @property
     def row_length(self):
@@ -799,7 +816,7 @@ class Denoiser(GPT):
 
     def mask(self, block, noisy=None, rows=None, cols=None):
         """ the attention rule as the backend wants it """
-        return (flex_mask if self.flex(block.device) else dense_mask)(block, noisy, self.config.clean_causal, rows, cols)
+        return (flex_mask if self.flex(block.device) else dense_mask)(block, noisy, self.config.clean_causal, rows, cols, self.question)
 
     def flex(self, device):
         return self.config.attn_backend == 'flex' or self.config.attn_backend == 'auto' and device.type == 'cuda'
@@ -831,24 +848,28 @@ class Denoiser(GPT):
         assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
         ids = self.ids[:T] if block_ids is None else block_ids
         # nobody looks at the clean copy of the last block, and the last token is nobody's past
-        n = T - 1 if clean_too or block_ids is not None else self.id_list.index(self.id_list[T - 1])
+        hierarchy = block_ids is not None and only is not None and self.config.attention == 'hierarchical' # its blocks, but for pads
+        n = T - 1 if clean_too or block_ids is not None and not hierarchy else self.id_list.index(self.id_list[T - 1])
+        q = self.config.lengths[0] if hierarchy and not clean_too else 0 # nor is the noisy copy of a question ever asked for
         clean = F.pad(x0[:, :n], (lead, 0), value=self.config.begin_id or 0)
         if clean.size(1) == 0: # one block spans the sequence
             return self.one_stream(xt, block_ids, only)
-        mask = self.two_stream_mask(ids, T, n) if block_ids is not None else \
+        mask = self.two_stream_mask(ids, T, n, q) if block_ids is not None else \
             self.kept((T, n, xt.device), lambda: self.two_stream_mask(ids, T, n))
         # a noisy token stands where its clean copy stands
-        pos = torch.cat((torch.arange(T, device=xt.device) + lead, torch.arange(n + lead, device=xt.device)))
-        x = torch.cat((xt, clean), dim=1)
-        return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T, only=only)
+        pos = torch.cat((torch.arange(q, T, device=xt.device) + lead, torch.arange(n + lead, device=xt.device)))
+        x = torch.cat((xt[:, q:], clean), dim=1)
+        only = (only // T * (T - q) + only % T - q).clamp(min=0) if q else only # flat in what is left; of a question, anything
+        return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T - q, only=only)
 
-    def two_stream_mask(self, ids, T, n):
+    def two_stream_mask(self, ids, T, n, q=0):
         """
-        The rule for T noisy rows, then begin and n clean ones, in parts that compute less than half of the dense matrix: clean rows look
+        The rule for T noisy rows, without the first q, then begin and n clean ones, in parts that compute less than half of the dense matrix: clean rows look
         at clean ones only, and a run of some 128 rows needs no later ones. FlexAttention finds what to skip by itself.
         """
-        lead, row = self.lead, torch.arange(T + n + self.lead, device=ids.device)
-        block = torch.cat((ids + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
+        lead, T = self.lead, T - q
+        row = torch.arange(T + n + lead, device=ids.device)
+        block = torch.cat((ids[..., q:] + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
         listed = self.id_list if ids.dim() == 1 and not self.flex(ids.device) else None # None: in one run
         noisy, clean = [], [(n + lead, n + lead, 'causal')] if self.config.clean_causal else []
         for s, e in whole_blocks(listed[:T], 128) if listed else [(0, T)]:
@@ -916,7 +937,7 @@ class Denoiser(GPT):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', order=None, schedule='linear', confidence_threshold=None,
-                 entropy_budget=None, temperature=1.0, top_k=None, top_p=None, remask=0.0, guidance=0.0, stop=None, on_step=None):
+                 entropy_budget=None, temperature=1.0, top_k=None, top_p=None, remask=0.0, guidance=0.0, stop=None, on_step=None, block_ids=None):
         """
         Fill in every -1 of idx (B, T), anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays.
         Block by block, each given the finished ones before it, whose keys and values are cached, exactly. How many tokens a network call
@@ -931,7 +952,8 @@ class Denoiser(GPT):
         last, that share of what it has written, rounded down, is hidden again, those first that were drawn with the least probability
         (https://arxiv.org/abs/2503.00307); the last step reveals all. Finished blocks stay. guidance: w of logits = u + (1 + w)(c - u), where u are
         those without what idx gives (https://arxiv.org/abs/2207.12598); such a call counts 2, as each row is read twice.
-        stop: a token id; a row that wrote it is filled up with it. on_step(step, idx, probs, state): after every call, with what stands
+        stop: a token id; a row that wrote it is filled up with it; of a hierarchy, that segment of the row, of which later ones see the block where it
+        stopped and no more. block_ids (B, all columns): of a hierarchy, with the largest id for pads behind the question. on_step(step, idx, probs, state): after every call, with what stands
         (-1 elsewhere), the distributions (R, V) of the tokens just revealed and {'nfe': network evaluations, 'done': leading columns
         settled for good in every row, 'total': columns}. When the text outgrows the context, see plan.
         """
@@ -945,15 +967,17 @@ class Denoiser(GPT):
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         unknown, step, nfe = out == -1, 0, 0
         assert not guidance or (~unknown).any(1).all(), "guidance compares with a text whose prompt is hidden, and there is a row without a prompt"
-        windows = self.plan(unknown.any(0), steps, sampler)
+        windows, edges = self.plan(unknown.any(0), steps, sampler), list(itertools.accumulate(self.config.lengths))
+        spans = list(zip(edges, edges[1:])) or [(0, out.size(1))] # where a stop holds
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
             for start, end, blocks in windows:
                 text = F.pad(out[:, start:end], (lead, 0), value=self.config.begin_id or 0)
                 text = text.masked_fill(text == -1, self.config.mask_id) # (B, lead + T)
                 if guidance: # (2B, lead + T), the second half without what is given
                     text = torch.cat((text, text.masked_fill(F.pad(~unknown[:, start:end], (lead, 0)), self.config.mask_id)))
-                ids = F.pad(self.ids[:end - start] + lead, (lead, 0))
-                cache, read = Cache(self, len(text), len(ids)) if self.blockwise else None, 0
+                ids = F.pad((self.ids[:end - start] if block_ids is None else block_ids) + lead, (lead, 0))
+                ids = ids.expand(B, -1).repeat(halves, 1) if edges else ids # rows of a hierarchy have pads of their own
+                cache, read = Cache(self, len(text), text.size(1)) if self.blockwise else None, 0
                 for s, e, n in blocks:
                     s, e = s + lead, e + lead
                     block, page = out[:, start + s - lead:start + e - lead], text.unflatten(0, (halves, B))[..., s:e] # views, to write on
@@ -968,7 +992,7 @@ class Denoiser(GPT):
                         b, i = rows.nonzero(as_tuple=True) # (R,) rows and positions within the block
                         at = b * (e - read) + s - read + i # flat, of what is read
                         only = torch.cat((at, at + B * (e - read))) if guidance else at
-                        x = self.read(text[:, read:e], read, s, ids[:e], cache, only).unflatten(0, (halves, len(b))) # (halves, R, C)
+                        x = self.read(text[:, read:e], read, s, ids[..., :e], cache, only).unflatten(0, (halves, len(b))) # (halves, R, C)
                         logits = self.logits(x[1] + (1 + guidance) * (x[0] - x[1]) if guidance else x[0]) # (R, V); they are linear in x
                         if looks:
                             chosen = choose(sampler, order, bound, hidden, k, logits)[b, i]
@@ -985,8 +1009,15 @@ class Denoiser(GPT):
                         if on_step is not None:
                             final = start + s - lead if remask and rest > 0 else out.size(1)
                             on_step(step, out, probs, {'nfe': nfe, 'done': min(final, settled(out)), 'total': out.size(1)})
-                    if stop is not None and end_rows(out, unknown, stop):
-                        return out
+                    for a, z in spans if stop is not None else []:
+                        ended = end_rows(out[:, a:z], unknown[:, a:z], stop)
+                        if edges: # end ids to the end of the block, and nothing behind it that anybody sees
+                            beyond = ended & unknown[:, a:z]
+                            text.unflatten(0, (halves, B))[..., a + lead:z + lead].masked_fill_(beyond, stop)
+                            pads = beyond & (torch.arange(a + lead, z + lead, device=out.device) >= e)
+                            ids.unflatten(0, (halves, B))[..., a + lead:z + lead].masked_fill_(pads, text.size(1))
+                        elif ended[:, -1].all():
+                            return out
         return out
 
     def read(self, text, first, s, ids, cache, only):
@@ -995,9 +1026,10 @@ class Denoiser(GPT):
         cache, which keeps them from now on; the others are the block being written.
         """
         if cache is None: # the row is denoised as a whole
-            return self.one_stream(text, only=only)
-        row = torch.arange(len(ids), device=text.device)
-        mask = 'full' if first == s else dense_mask(ids, row >= s, self.config.clean_causal, row[first:]) # a new shape each time
+            return self.one_stream(text, ids if ids.dim() > 1 else None, only)
+        row = torch.arange(ids.size(-1), device=text.device)
+        mask = 'full' if first == s and ids.dim() == 1 else \
+            dense_mask(ids, row >= s, self.config.clean_causal, row[first:], None, self.question) # a new shape each time
         x = self.trunk(self.embed(text, row[first:]), row[first:], mask, cache, only=only)
         cache.keep(s - first)
         return x
@@ -1027,12 +1059,13 @@ class MDLM(Denoiser):
         """ the tokens that count, and so may be hidden; the question of a hierarchy is given, never asked for """
         return (targets != -1) & (groups > 0) if self.config.attention == 'hierarchical' else targets != -1
 
-    def sample_t(self, n, device=None):
+    def sample_t(self, n, device=None, used=None):
         """
         n noise levels in (0, 1]. Stratified, one in each n-th of the interval, or the loss would mostly show which levels were drawn;
-        in random order, or level and position would go together.
+        in random order, or level and position would go together. used (n,) bool: only these matter, so they share the interval.
         """
-        t = (torch.randperm(n, device=device) + (1 - torch.rand(n, device=device))) / n # never 0, however many
+        t = torch.randperm(n, device=device) if used is None else (torch.rand(n, device=device) + ~used).argsort().argsort()
+        t = ((t + (1 - torch.rand(n, device=device))) / (n if used is None else used.sum().clamp(min=1))).clamp(max=1) # never 0, however many
         if self.config.t_dist == 'bell':
             t = 0.5 - torch.sin(torch.asin((1 - 2 * t).clamp(-1, 1)) / 3) # the inverse of 3 t^2 - 2 t^3, Beta(2, 2)'s distribution
         return self.config.t_min + (self.config.t_max - self.config.t_min) * t
@@ -1045,7 +1078,8 @@ class MDLM(Denoiser):
         elif self.two_streams and self.config.diffusion_block_size == 1: # one token of a block: hidden or there is nothing to learn
             t = torch.ones(idx.shape, device=idx.device)
         else:
-            t = self.sample_t(len(idx) * G, idx.device).view(-1, G).gather(1, groups)
+            used = None if block_ids is None else groups.new_zeros(len(idx), G).scatter_reduce(1, groups, self.scored(targets, groups).long(), 'amax').flatten() > 0
+            t = self.sample_t(len(idx) * G, idx.device, used).view(-1, G).gather(1, groups)
         masked = (torch.rand(idx.shape, device=idx.device) < t) & self.scored(targets, groups)
         return idx.masked_fill(masked, self.config.mask_id), masked, t
 
@@ -1065,6 +1099,8 @@ class MDLM(Denoiser):
         """ a fixed number of rows, so that nothing waits for the device, that holds all masked ones but once in 10^9 steps """
         c, G = self.config, B * (self.id_list[T - 1] + 1 if self.blockwise else 1)
         equal = not self.blockwise or len(set(Counter(self.id_list[:T]).values())) == 1
+        if block_ids is not None and c.attention == 'hierarchical':
+            return B * (T - c.lengths[0])
         if block_ids is not None or self.two_streams and c.diffusion_block_size == 1:
             return B * T
         # a level per token averages out; stratified levels of equal groups hardly vary; those of unequal ones count as if drawn freely
@@ -1612,7 +1648,7 @@ class DFGPT(GPT):
             out[:, window][finished] = draw(found)
             if on_step is not None:
                 on_step(step, out, probs[finished] if self.tokens else found, {'nfe': nfe, 'done': settled(out), 'total': out.size(1)})
-            if stop is not None and end_rows(out, unknown, stop):
+            if stop is not None and end_rows(out, unknown, stop)[:, -1].all():
                 break
         return out
 

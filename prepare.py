@@ -3,15 +3,18 @@ Every data format, both ends: writes data/NAME/ once, and reads it back for trai
 $ python prepare.py shakespeare_char         # one megabyte, downloaded and checked
 $ python prepare.py python_docs              # three megabytes that come with python: no network needed
 $ python prepare.py text --input='books/**/*.txt' --tokenizer=byte --dataset=books
+$ python prepare.py records --input=my.json --dataset=mine   # question, plan, execution
 
 NAME is a folder under data/ whose prepare.py says `tokenizer = 'char'` and defines corpus(). Its parameters are the
 settings it takes (and `folder`, where downloads may stay), those without a default must be given, and it returns
     {'splits': {'train': [document, ...], 'val': [...]}, 'closed': bool, ...}
 Documents are str; closed: the end id follows every document. The rest of what it returns is kept in meta.json.
+A script that also says `segments = 'question:128,plan:128,execution:256'` has records for documents, dicts with these
+names; then .bin is rows of that many tokens, every segment at its own place, an end id behind it and pad ids up to the next.
 
 A prepared folder has one SPLIT.bin per split, raw token ids as uint16 (uint32 if they need it), and meta.json, written
 last: without it a folder is not prepared. Ids of text come first, then end, begin, [MASK], pad. No .bin holds an id of
-text_size or more.
+text_size or more, except pads between segments.
 """
 import contextlib
 import functools
@@ -36,6 +39,17 @@ sha256 = '' # expected checksums, comma-separated, when url or input is not the 
 tokenizer = '' # char, byte or gpt2; '' is the dataset's own
 val_fraction = 0.1 # share of the characters that becomes val (text only)
 dataset = '' # name or path of the folder to write; '' is data/NAME
+# of records
+question_len = 0 # tokens of the question, its end id included; 0: the dataset's own, and so on
+plan_len = 0
+exec_len = 0
+segments = '' # any levels instead of these three, the question first: question:128,plan:128,check:32,execution:256
+too_long = 'drop' # drop | truncate: what happens to records that do not fit
+var_length = False # segments as long as the longest in the data, in steps of 16 tokens, but no longer than the lengths above
+max_records = 0 # only the first so many; arithmetic, which has no end: so many problems
+difficulty = 0 # arithmetic: a problem takes up to so many steps
+seed = 0 # arithmetic: another seed, other problems
+marks = False # gsm8k: keep the calculator's <<2*3=6>>
 
 _FORMAT = 1 # of meta.json (public scalars are settings, hence the underscore)
 _DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
@@ -228,6 +242,118 @@ class Tokenizer:
         return ''.join(a + b for a, b in zip(pieces, between + ['']))
 
 # -----------------------------------------------------------------------------
+# records: rows of segments
+
+def read_segments(text):
+    """ 'question:128,plan:128,execution:256' -> {'question': 128, ...} """
+    pairs = [(name.strip(), n.strip()) for name, _, n in (part.partition(':') for part in text.split(','))]
+    if len(pairs) < 2 or len(dict(pairs)) < len(pairs) or not all(name.isidentifier() and n.isdecimal() and int(n) > 1 for name, n in pairs):
+        raise PrepareError(f"segments is {text!r}, expected names and lengths of 2 or more tokens, the question first: question:128,plan:128,execution:256")
+    return {name: int(n) for name, n in pairs}
+
+def segments_text(lengths):
+    return ','.join(f'{name}:{n}' for name, n in lengths.items())
+
+_LENGTHS = {'question_len': 'question', 'plan_len': 'plan', 'exec_len': 'execution'}
+
+def choose_lengths(own, settings):
+    """ {segment: tokens}: the dataset's own text, or what the settings say instead """
+    given = {key: settings[key] for key in _LENGTHS if key in settings}
+    if given and 'segments' in settings:
+        raise PrepareError(f"--segments= gives all lengths and --{next(iter(given))}= one of them: give only one of both")
+    lengths = read_segments(settings.get('segments', own))
+    for key in given:
+        if _LENGTHS[key] not in lengths:
+            raise PrepareError(f"--{key}= is the length of a {_LENGTHS[key]}, but the segments are {', '.join(lengths)}: give --segments=")
+    return read_segments(segments_text(lengths | {_LENGTHS[key]: n for key, n in given.items()}))
+
+def fit(splits, lengths, encode, layout, too_long='drop', var_length=False):
+    """ {split: records} -> ({split: rows of ids}, {split: report}, lengths); layout(lengths): their Layout """
+    if too_long not in ('drop', 'truncate'):
+        raise PrepareError(f"too_long is {too_long!r}, expected drop or truncate")
+    splits = {split: [[encode(record[name]) for name in lengths] for record in records] for split, records in splits.items()}
+    if var_length:
+        longest = [max(len(parts[i]) for records in splits.values() for parts in records) + 1 for i in range(len(lengths))]
+        lengths = {name: min(n, -(-most // 16) * 16) for (name, n), most in zip(lengths.items(), longest)}
+    rows, reports, layout = {}, {}, layout(lengths)
+    for split, records in splits.items():
+        over = [[len(ids) >= n for ids, n in zip(parts, lengths.values())] for parts in records] # an end id is to follow
+        kept = [parts for parts, beyond in zip(records, over) if too_long == 'truncate' or not any(beyond)]
+        if not kept:
+            raise PrepareError(f"no record of {split} fits {segments_text(lengths)}: raise the lengths, or cut records with --too_long=truncate")
+        rows[split] = list(layout.raw(kept))
+        sizes = np.array([[len(ids) + 1 for ids in parts] for parts in records]) # (records, segments)
+        reports[split] = {'records': len(kept), 'too_long': sum(map(any, over)), 'did': too_long,
+                          'segments': {name: {'too_long': int(n), 'longest': int(most), 'mean': round(float(mean), 1)}
+                                       for name, n, most, mean in zip(lengths, np.sum(over, 0), sizes.max(0), sizes.mean(0))}}
+    return rows, reports, lengths
+
+class Layout:
+    """
+    How records of segments become rows that a model reads, and back. Raw rows are those on the disk, (B, T). For a model that knows the block
+    of every position (ids), what is left of the block where a segment ends is end ids too, and blocks wholly past it are pads, in a block of
+    their own, the last, which nobody looks at; nor at pads behind the question. Without ids (ar) a row is packed: pads at its end only.
+    """
+    def __init__(self, meta, ids=None):
+        self.lengths = read_segments(meta['segments'])
+        self.edges = np.cumsum([0, *self.lengths.values()])
+        self.segment = np.repeat(np.arange(len(self.lengths)), list(self.lengths.values())) # (T,), the question is 0
+        self.end_id, self.pad_id, self.ids = meta['end_id'], meta['pad_id'], None if ids is None else np.array(ids)
+        for name, a, b in zip([*self.lengths][1:], self.edges[1:], self.edges[2:]):
+            if ids is None or self.ids[-1] == 0: # one block: nothing to divide
+                break
+            size = int((self.ids[a:b] == self.ids[a]).sum())
+            if self.ids[a] == self.ids[a - 1] or (b - a) % size:
+                size = np.bincount(self.ids).max() if self.ids[a] == self.ids[a - 1] else size
+                raise PrepareError(f"{name} begins at token {a} and has {b - a} tokens, no whole blocks of diffusion_block_size={size}: change it or prepare other lengths")
+
+    def raw(self, records):
+        """ records of segments, ids without the end -> raw rows; what is too long is cut """
+        rows = np.full((len(records), len(self.segment)), self.pad_id)
+        for row, parts in zip(rows, records):
+            for a, b, ids in zip(self.edges, self.edges[1:], parts):
+                ids = np.append(ids[:b - a - 1], self.end_id)
+                row[a:a + len(ids)] = ids
+        return rows
+
+    def rows(self, raw, only=None, length=None):
+        """ raw rows -> a batch for a model; only: the segments that are scored, all but the question; length: of packed rows """
+        raw, pad = raw.astype(np.int64), raw == self.pad_id
+        scored = np.isin(self.segment, range(1, len(self.lengths)) if only is None else only) # (T,)
+        if self.ids is None:
+            order = pad.argsort(1, kind='stable') # pads last, all others as they were
+            raw, scored = np.take_along_axis(raw, order, 1), scored[order]
+            if length: # nanoGPT's rows have one more token
+                wider = (0, 0), (0, max(0, length - raw.shape[1]))
+                raw, scored = np.pad(raw, wider, constant_values=self.pad_id), np.pad(scored, wider)
+            return {'idx': raw, 'targets': np.where(scored & (raw != self.pad_id), raw, -1)}
+        first = np.flatnonzero(np.diff(self.ids, prepend=-1)) # of each block
+        used = np.logical_or.reduceat(~pad, first, axis=1)[:, self.ids] # (B, T): is there text or an end in the block?
+        raw = np.where(pad & used & (self.segment > 0), self.end_id, raw)
+        pad = raw == self.pad_id
+        return {'idx': raw, 'targets': np.where(scored & ~pad, raw, -1), 'block_ids': np.where(pad, self.ids[-1] + 1, self.ids)}
+
+    def prompt(self, questions):
+        """ ids of questions -> what generate takes: idx with -1 where the model writes, max_new_tokens, and block_ids where it knows blocks """
+        n, room = self.edges[1], len(self.segment) - self.edges[1]
+        for ids in questions:
+            if len(ids) >= n:
+                raise PrepareError(f"the question has {len(ids)} tokens, this model reads at most {n - 1}")
+        raw = self.raw([[ids] for ids in questions])
+        if self.ids is None:
+            longest = max(map(len, questions)) + 1
+            return {'idx': np.where(raw == self.pad_id, -1, raw)[:, :longest], 'max_new_tokens': int(room)}
+        pad = (raw == self.pad_id) & (self.segment == 0)
+        return {'idx': np.where(self.segment > 0, -1, raw), 'max_new_tokens': 0, 'block_ids': np.where(pad, self.ids[-1] + 1, self.ids)}
+
+    def parts(self, row):
+        """ a row, as far as it is written (-1 elsewhere), in a model's form -> {segment: ids before its end}, of those begun """
+        row = np.asarray(row)
+        cuts = self.edges[1:-1] if self.ids is not None else (np.flatnonzero(row == self.end_id) + 1)[:len(self.lengths) - 1]
+        begun = [(name, part) for name, part in zip(self.lengths, np.split(row, cuts)) if len(part) and part[0] != -1]
+        return {name: part[:([*np.isin(part, (self.end_id, self.pad_id, -1)), True]).index(True)] for name, part in begun}
+
+# -----------------------------------------------------------------------------
 # writing
 
 def names():
@@ -259,11 +385,15 @@ def prepare(name, dataset='', tokenizer='', **settings):
         what = f"data/ has no {name}/prepare.py" if name else "say what to prepare"
         raise PrepareError(f"{what}: python prepare.py NAME knows {', '.join(names())}{nearest(name, names())}")
     script = load(os.path.join(_DATA, name), 'prepare.py')
-    folder = data_folder(dataset or name)
+    folder, own, lengths = data_folder(dataset or name), {}, {}
+    if hasattr(script, 'segments'):
+        own = {key: settings.pop(key) for key in (*_LENGTHS, 'segments', 'too_long', 'var_length') if key in settings}
+        lengths = choose_lengths(script.segments, own)
     accepted = dict(inspect.signature(script.corpus).parameters)
-    if accepted.pop('folder', None):
-        settings['folder'] = folder
-    for key in settings.keys() - accepted.keys() - {'folder'}:
+    for key, value in ('folder', folder), ('fields', list(lengths)): # what a script may ask for that is no setting
+        if accepted.pop(key, None):
+            settings[key] = value
+    for key in settings.keys() - accepted.keys() - {'folder', 'fields'}:
         raise PrepareError(f"{name} has no use for --{key}, only for {', '.join(accepted) or 'its text as it is'}")
     for key, parameter in accepted.items():
         if parameter.default is parameter.empty and key not in settings:
@@ -275,29 +405,40 @@ def prepare(name, dataset='', tokenizer='', **settings):
     corpus = script.corpus(**settings)
     splits = corpus.pop('splits')
     kind, documents = tokenizer or script.tokenizer, sum(splits.values(), [])
+    documents = [record[key] for record in documents for key in lengths] if lengths else documents
     meta = {'format': _FORMAT, 'dataset': name, **vocabulary(kind, documents, corpus['closed'])}
     meta['dtype'] = 'uint16' if meta['vocab_size'] <= 65535 else 'uint32'
     meta |= {'splits': {}, **corpus}
-    codec = Tokenizer(meta)
+    codec, reports = Tokenizer(meta), {}
+    if lengths:
+        how = {key: own[key] for key in ('too_long', 'var_length') if key in own}
+        splits, reports, lengths = fit(splits, lengths, codec.encode, lambda n: Layout(meta | {'segments': segments_text(n)}), **how)
+        meta['segments'] = segments_text(lengths)
     paths = [os.path.join(folder, f'{split}.bin') for split in splits] + [os.path.join(folder, 'meta.json')]
     with replacing(*paths) as temporary:
         for path, (split, documents) in zip(temporary, splits.items()):
             tokens = 0
             with open(path, 'wb') as f:
                 for document in documents:
-                    ids = codec.encode(document)
-                    ids = np.append(ids, codec.end_id) if corpus['closed'] else ids
+                    ids = document if lengths else codec.encode(document)
+                    ids = np.append(ids, codec.end_id) if corpus['closed'] and not lengths else ids
                     f.write(ids.astype(meta['dtype']).tobytes())
                     tokens += len(ids)
             meta['splits'][split] = {'tokens': tokens, 'characters': sum(map(len, documents)),
-                                     'documents': len(documents), 'sha256': file_sum(path)}
+                                     'documents': len(documents), 'sha256': file_sum(path), **reports.get(split, {})}
         with open(temporary[-1], 'w') as f:
             json.dump(meta, f, indent=1)
 
     for split, n in meta['splits'].items():
-        print(f"{split:5} {n['documents']:6,} documents {n['characters']:12,} characters {n['tokens']:12,} tokens")
-    begins = ascii(codec.decode(np.fromfile(paths[0], dtype=meta['dtype'], count=60))[:60])
-    print(f"{meta['vocab_size']} ids ({kind}), {time.time() - started:.1f} s; begins {begins}", flush=True)
+        if lengths:
+            print(f"{split:5} {n['records']:6,} records of {segments_text(lengths)}; {n['too_long']:,} were too long: {n['did']}. Tokens with the end, "
+                  + '; '.join(f"{key} at most {v['longest']}, mean {v['mean']}, {v['too_long']} too long" for key, v in n['segments'].items()))
+        else:
+            print(f"{split:5} {n['documents']:6,} documents {n['characters']:12,} characters {n['tokens']:12,} tokens")
+    for row in [*splits.values()][0][:3] if lengths else []:
+        print('---', *(f"[{key}] {codec.decode(ids)}" for key, ids in zip(lengths, np.split(row, np.cumsum([*lengths.values()])[:-1]))), sep='\n')
+    begins = '' if lengths else '; begins ' + ascii(codec.decode(np.fromfile(paths[0], dtype=meta['dtype'], count=60))[:60])
+    print(f"{meta['vocab_size']} ids ({kind}), {time.time() - started:.1f} s{begins}", flush=True)
     return folder
 
 def ensure(dataset):
@@ -342,6 +483,8 @@ class Corpus:
     """
     def __init__(self, dataset):
         self.folder, self.meta = data_folder(dataset), read_meta(dataset)
+        if 'segments' in self.meta and not isinstance(self, Records):
+            raise PrepareError(f"{self.folder} holds rows of segments ({self.meta['segments']}), expected plain text")
         self.tokenizer = Tokenizer(self.meta)
         self._bins = {}
 
@@ -354,8 +497,8 @@ class Corpus:
     def n_windows(self, split, length):
         return self.tokens(split) // length
 
-    def batch(self, split, batch_size, length, rng):
-        """ batch_size random windows; every window of the split is equally likely. rng is a numpy Generator """
+    def batch(self, split, batch_size, length, rng, done=1.0):
+        """ batch_size random windows; every window of the split is equally likely. rng is a numpy Generator; done: see Records """
         ids = self._data(split, length)
         starts = rng.integers(0, len(ids) - length + 1, size=(batch_size, 1)) # (B, 1)
         return self._batch(split, ids[starts + np.arange(length)]) # only these rows are read from the disk
@@ -370,7 +513,7 @@ class Corpus:
 
     def _data(self, split, length):
         """ the ids of a split as a memmap, opened once and never copied; at least `length` of them """
-        n, path = self.tokens(split), os.path.join(self.folder, f'{split}.bin')
+        n, path = Corpus.tokens(self, split), os.path.join(self.folder, f'{split}.bin')
         if n < length:
             raise PrepareError(f"{split}.bin has {n} tokens, fewer than the context of {length}: "
                                "lower block_size or prepare a longer text")
@@ -388,6 +531,52 @@ class Corpus:
             raise PrepareError(f"{self.folder}/{split}.bin holds the id {idx.max()}, but ids of text are below "
                                f"{self.meta['text_size']}: prepare it again")
         return {'idx': idx, 'targets': idx.copy()}
+
+class Records(Corpus):
+    """ rows of segments. skip: names of segments to do without; layout: a Layout that knows the model, set by whoever built it """
+    def __init__(self, dataset, skip=''):
+        super().__init__(dataset)
+        lengths, gone = read_segments(self.meta['segments']), [name.strip() for name in skip.split(',') if name.strip()]
+        for name in gone:
+            if name not in [*lengths][1:]:
+                raise PrepareError(f"skip names {name!r}, expected some of {', '.join([*lengths][1:])}{nearest(name, lengths)}")
+        kept = {name: n for name, n in lengths.items() if name not in gone}
+        self.columns = np.repeat([name in kept for name in lengths], list(lengths.values())) # (stored length,)
+        self.meta = self.meta | {'segments': segments_text(kept)}
+        self.layout = Layout(self.meta)
+
+    def n_windows(self, split, length=None):
+        return super().tokens(split) // len(self.columns)
+
+    def tokens(self, split):
+        return self.n_windows(split) * int(self.columns.sum())
+
+    def raw(self, split, which):
+        """ raw rows of a split; which: an index of any kind """
+        return self._data(split, len(self.columns)).reshape(-1, len(self.columns))[which][:, self.columns]
+
+    def batch(self, split, batch_size, length, rng, done=1.0):
+        """ random records. done: share of the curriculum behind us; the first segment after the question is scored from 0 on, the last from 1 on """
+        raw, levels = self.raw(split, rng.integers(0, self.n_windows(split), size=batch_size)), len(self.layout.lengths) - 1
+        return self.layout.rows(raw, range(1, 2 + int(min(1.0, done) * (levels - 1))), length)
+
+    def windows(self, split, batch_size, length, limit=None):
+        n = min(self.n_windows(split), limit or sys.maxsize)
+        for i in range(0, n, batch_size):
+            yield self.layout.rows(self.raw(split, slice(i, min(n, i + batch_size))), length=length)
+
+def open_corpus(dataset, block_size, skip=''):
+    """ (Corpus or Records, block_size): lengths of segments must add up to block_size; 0 is whatever they add up to """
+    if 'segments' not in read_meta(dataset):
+        for wrong, what in (skip, f"skip={skip} leaves out segments, and"), (not block_size, "block_size=0 is what segments add up to, and"):
+            if wrong:
+                raise PrepareError(f"{what} {dataset} is plain text, which has none")
+        return Corpus(dataset), block_size
+    corpus = Records(dataset, skip)
+    total = int(corpus.layout.edges[-1])
+    if block_size not in (0, total):
+        raise PrepareError(f"the segments {corpus.meta['segments']} of {dataset} add up to {total} tokens, block_size is {block_size}: set --block_size={total}, or 0")
+    return corpus, total
 
 def main(argv):
     defaults = configure(globals(), [])

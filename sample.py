@@ -4,6 +4,8 @@ $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples
 $ python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0.7 --top_p=0.95
 Fill in gaps, given what stands on both sides, with a masked or block diffusion model:
 $ python sample.py --out_dir=out-shakespeare-bd3lm --start="ROMEO:[[40]]and[[12]]my love." --max_new_tokens=0
+Ask a model of questions, plans and executions; it writes the plan, then the execution, each up to its end:
+$ python sample.py --out_dir=out-arithmetic --start="Ann has 7 figs. Bob has 5 more than Ann. Cid has 2 fewer than Bob. How many has Bob?"
 The samples go to stdout as they come, everything else to stderr.
 """
 
@@ -17,16 +19,16 @@ import torch
 
 import model as models
 from configurator import configure, fail
-from prepare import PrepareError, Tokenizer, provider, read_text
+from prepare import Layout, PrepareError, Tokenizer, provider, read_text
 
 # -----------------------------------------------------------------------------
 out_dir = 'out' # the run's folder
 ckpt = 'best' # best | latest | the path of a checkpoint
 weights = 'ema' # ema (if the run averaged its weights) | raw
 view = None # what else the weights can be read as: ar (of a run with clean_causal or ar_weight, or of df)
-start = '' # the prompt; FILE:prompt.txt reads it from a file. [[40]] is a gap of 40 tokens to fill in, \[[ stands for [[ itself
+start = '' # the prompt, of a model of segments the question; FILE:prompt.txt reads it from a file. [[40]] is a gap of 40 tokens to fill in, \[[ stands for [[ itself
 num_samples = 3
-max_new_tokens = 400 # behind the prompt; 0: only fill in its gaps
+max_new_tokens = 400 # behind the prompt; 0: only fill in its gaps; segments have lengths of their own
 temperature = 0.8 # 1: as trained, below: more likely text, 0: always the likeliest token
 top_k = None # draw from the k likeliest tokens only
 top_p = None # draw from the fewest tokens whose probabilities add up to p
@@ -82,6 +84,11 @@ def until(ids, stop, given):
     end = next((i for i, token in enumerate(ids) if token == stop and i not in given), len(ids))
     return [token for i, token in enumerate(ids) if i < end or i in given]
 
+def labelled(layout, tokenizer, row):
+    """ what is written of a row of segments, each under its name, but for the question """
+    parts = layout.parts(row)
+    return '\n\n'.join(f'{name}:\n{tokenizer.decode(ids)}' for name, ids in list(parts.items())[1:])
+
 class Progress:
     """ how much of `total` tokens is written and how long the rest takes, on stderr: one changing line on a terminal, else a line every 10 s """
     def __init__(self, total, given):
@@ -106,18 +113,18 @@ class Progress:
 
 class Printer:
     """ an on_step that prints a single row as far as it is certain; half a UTF-8 character waits for its other half """
-    def __init__(self, tokenizer, stop, given, progress):
-        self.tokenizer, self.stop, self.given, self.progress, self.shown, self.nfe = tokenizer, stop, given, progress, 0, 0
+    def __init__(self, show, progress):
+        self.show, self.progress, self.shown, self.nfe = show, progress, 0, 0 # show: ids of a row -> text
 
     def __call__(self, step, idx, probs, state):
         self.nfe = state['nfe']
         if len(idx) == 1: # only what nothing can change any more: up to the first gap
-            self.write(until(idx[0, :state['done']].tolist(), self.stop, self.given), last=False)
+            self.write(idx[0, :state['done']].tolist(), last=False)
         if not (self.shown and sys.stdout.isatty()): # where text appears line by line, it is the progress
             self.progress(idx)
 
     def write(self, ids, last=True):
-        text = self.tokenizer.decode(ids)
+        text = self.show(ids)
         text = text if last else text.rstrip('\ufffd')
         if text[self.shown:]:
             self.progress.clear()
@@ -138,11 +145,22 @@ def main():
         objectives = models.OBJECTIVES | provider(state['settings']['dataset']).get('OBJECTIVES', {})
         model, _ = models.load_checkpoint(state, where, weights, objectives, view)
         tokenizer = Tokenizer(state['meta'])
-        first = start or '\n' * (model.config.begin_id is None) # something must come first
-        prompt, stop_at = encode_prompt(tokenizer, first).to(where), stop_id(tokenizer, stop)
+        more, new = {}, max_new_tokens
+        if 'segments' in state['meta']:
+            if not start:
+                raise PrepareError("this model answers questions: give one with --start=")
+            layout = Layout(state['meta'], getattr(model, 'id_list', None))
+            asked = layout.prompt([tokenizer.encode(read_text(start.removeprefix('FILE:')).strip() if start.startswith('FILE:') else start)])
+            new, stop_at, show = asked.pop('max_new_tokens'), tokenizer.end_id, lambda ids: labelled(layout, tokenizer, ids)
+            prompt, *blocks = (torch.from_numpy(a).to(where) for a in asked.values())
+            more = {'block_ids': ids for ids in blocks}
+        else:
+            first = start or '\n' * (model.config.begin_id is None) # something must come first
+            prompt, stop_at = encode_prompt(tokenizer, first).to(where), stop_id(tokenizer, stop)
+            show = lambda ids: tokenizer.decode(until(ids, stop_at, given))
         given = set((prompt[0] != -1).nonzero()[:, 0].tolist())
         gaps = prompt.size(1) - len(given) # tokens
-        if max_new_tokens < (gaps == 0):
+        if new < (gaps == 0):
             raise PrepareError(f"max_new_tokens is {max_new_tokens}, expected at least 1, or 0 and a gap like [[40]] in --start")
         print(f"loaded {path}: {state['objective']}{f' as {view}' if view else ''}, {model.n_params() / 1e6:.2f}M parameters, iteration {state['iteration']} on "
               f"{state['settings']['dataset']}, {'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
@@ -152,18 +170,18 @@ def main():
         for option in sorted(options.keys() - takes.keys()):
             raise PrepareError(f"{view or state['objective']} has no use for --{option}: it takes {', '.join(k for k in config if k in takes)}")
         torch.manual_seed(seed)
-        clock, evaluations, tokens = time.time(), 0, num_samples * (max_new_tokens + gaps)
+        clock, evaluations, tokens = time.time(), 0, num_samples * (new + gaps)
         progress = Progress(tokens, len(given))
         for rows in [1] * num_samples if stream else [num_samples]:
-            printer = Printer(tokenizer, stop_at, given, progress)
+            printer = Printer(show, progress)
             with amp:
-                out = model.generate(prompt.expand(rows, -1), max_new_tokens, stop=stop_at, on_step=printer, **options)
+                out = model.generate(prompt.expand(rows, -1), new, stop=stop_at, on_step=printer, **options, **{k: v.expand(rows, -1) for k, v in more.items()})
             for i, ids in enumerate(out.tolist()):
                 printer.shown = printer.shown if i == 0 else 0
-                printer.write(until(ids, stop_at, given))
+                printer.write(ids)
                 print('\n---------------', flush=True)
             evaluations += printer.nfe
-            progress.finished += rows * (max_new_tokens + gaps)
+            progress.finished += rows * (new + gaps)
     except (PrepareError, AssertionError, ValueError, OSError) as e:
         fail(str(e))
     seconds = time.time() - clock

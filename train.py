@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import configurator
 import model as models
 from configurator import configure
-from prepare import Corpus, PrepareError, ensure, provider, replacing
+from prepare import Layout, PrepareError, ensure, open_corpus, provider, replacing
 
 # -----------------------------------------------------------------------------
 # the run
@@ -40,10 +40,11 @@ seed = 1337 # of initialisation, data order, corruption and dropout
 dataset = 'shakespeare_char' # a name under data/, or the path of a prepared folder
 batch_size = 16 # rows per micro-step
 gradient_accumulation_steps = 1 # micro-steps per iteration, over all processes
+skip = '' # segments to do without: plan makes question -> execution
 begin = True # ar reads a begin id first, so every token of a row is scored; False: nanoGPT's windows
 # model
 objective = 'ar' # a row of OBJECTIVES in model.py, or of the dataset's provider.py
-block_size = 128 # tokens of context
+block_size = 128 # tokens of context; 0: of a dataset with segments, what they add up to
 n_layer = 4
 n_head = 4
 n_embd = 128
@@ -55,9 +56,11 @@ mlp = 'swiglu' # swiglu | gelu | gelu_tanh
 qk_norm = True # layernorm on queries and keys
 tie_weights = False # one matrix for embedding and head
 init = 'zero' # zero | gpt2: how output projections start
-attention = None # causal | full | block | hierarchical; None: the objective's own default
+attention = None # causal | full | block | hierarchical; None: hierarchical where data has segments and the objective knows it, else the objective's default
 diffusion_block_size = 16 # tokens per block; block_size is the whole context. 0: segments of a hierarchy stay whole
-segments = '' # lengths of a hierarchy, the question first: 32,32,64
+segments = '' # lengths of a hierarchy on plain text, the question first: 32,32,64; other datasets bring their own
+causal_within_block = False # plan and execution see no later tokens of their own block
+curriculum = 0.0 # share of the iterations in which segments join the loss one by one: 0.3 is the plan's loss alone for that long
 t_min = 0.0 # noise levels that training draws; bounds always use all of (0, 1]
 t_max = 1.0
 t_dist = 'uniform' # uniform | bell: another weighting of the same losses, 0.06 nats/char better for mdlm and bd3lm on tiny shakespeare
@@ -191,7 +194,8 @@ try:
         ensure(dataset)
     if world > 1:
         dist.barrier()
-    corpus = Corpus(dataset)
+    corpus, block_size = open_corpus(dataset, block_size, skip)
+    config['block_size'] = block_size
     objectives = models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {})
     assert objective in objectives, f"objective is {objective!r}, expected one of {', '.join(objectives)}"
     assert decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant"
@@ -200,6 +204,7 @@ try:
     assert attn_backend != 'flex' or device.type == 'cuda', f"attn_backend=flex trains on cuda only: FlexAttention has no backward pass on {device}"
     for name in 'batch_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval', 'eval_interval', 'bound_samples':
         assert config[name] >= 1, f"{name} is {config[name]}, expected at least 1"
+    assert 0 <= curriculum <= 1, f"curriculum is {curriculum}, expected a share of the iterations, 0 to 1"
     assert seed >= 0, f"seed is {seed}, expected 0 or more"
     torch.manual_seed(seed)
     kind, weights = objectives[objective], None
@@ -213,9 +218,14 @@ try:
             assert corpus.meta.get(k) == v, f"the weights of {init_from} read other tokens than {dataset} has: {k} is {v!r} there, {corpus.meta.get(k)!r} here"
     known = config | corpus.meta
     shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
-    shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or kind.attentions[0])
+    default = 'hierarchical' if 'segments' in corpus.meta and 'hierarchical' in kind.attentions else kind.attentions[0]
+    shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or default)
     shape['diffusion_block_size'] = diffusion_block_size or None
     raw_model = kind(models.GPTConfig(**shape)).to(device)
+    if 'segments' in corpus.meta:
+        assert not segments, f"segments is {segments!r}, but {dataset} has its own, {corpus.meta['segments']}: prepare other lengths"
+        assert not raw_model.views(), "rows of segments cannot be read on as ar: leave out ar_weight and clean_causal, or train --objective=ar"
+        corpus.layout = Layout(corpus.meta, getattr(raw_model, 'id_list', None))
     if weights:
         try:
             raw_model.load_pretrained(weights)
@@ -443,7 +453,7 @@ def train_step():
     total = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         rng = reseed(iteration, micro_step * world + rank)
-        batch = to_device(corpus.batch('train', batch_size, raw_model.row_length, rng))
+        batch = to_device(corpus.batch('train', batch_size, raw_model.row_length, rng, iteration / (curriculum * max_iters) if curriculum else 1.0))
         last = micro_step == micro_steps - 1
         with contextlib.nullcontext() if world == 1 or last else network.no_sync():
             with amp:

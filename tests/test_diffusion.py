@@ -545,7 +545,7 @@ def test_writing_keeps_what_is_given_and_caches_exactly(kind, sampler, monkeypat
         nonlocal settled
         x = cached(model, text, first, s, ids, cache, only)
         if cache is not None: # the same once more, over everything so far and without a cache
-            whole, pos = torch.cat((settled[:, :first], text), 1), torch.arange(len(ids))
+            whole, pos = torch.cat((settled[:, :first], text), 1), torch.arange(ids.size(-1))
             settled = whole[:, :s]
             y = model.trunk(model.embed(whole, pos), pos, dense_mask(ids, pos >= s, model.config.clean_causal))
             errors.append((x - y[:, first:].flatten(0, 1)[only]).abs().max().item())

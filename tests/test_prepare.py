@@ -294,7 +294,7 @@ def test_ensure(book, tmp_path, monkeypatch, capsys):
 def test_the_command_refuses_with_a_sentence(tmp_path):
     a, empty = write(tmp_path / 'a.txt', BOOK), write(tmp_path / 'e.txt', '')
     latin = write(tmp_path / 'l.txt', b'caf\xe9!')
-    refused(says=['NAME', 'python_docs, shakespeare_char, text'])
+    refused(says=['NAME', 'python_docs, records, shakespeare_char, text'])
     refused('shakespear', says='did you mean shakespeare_char')
     refused('text', says='python prepare.py text --input=')
     refused('text', f'--input={tmp_path}/*.md', says=f'no file matches {tmp_path}/*.md')

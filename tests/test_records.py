@@ -1,0 +1,188 @@
+"""
+Laws of records: what a file says comes out as rows and back, and everything malformed is one sentence that names file, record and field.
+"""
+import json
+import os
+import random
+import re
+
+import numpy as np
+import pytest
+
+import prepare
+from prepare import Layout, PrepareError, Records, open_corpus
+from tests.test_prepare import refused, run, write
+
+TEN = [{'id': f'r{i}', 'question': f'What is {i} + {i}?', 'plan': f'Add {i} to itself.', 'execution': f'{i} + {i} = {2 * i}\n#### {2 * i}'} for i in range(10)]
+LENGTHS = dict(question_len=24, plan_len=24, exec_len=32)
+META = dict(end_id=5, pad_id=8, segments='question:4,plan:4,execution:8')
+RAW = Layout(META).raw([[[1, 2], [3], [1, 2, 3, 4, 0]], [[1, 2, 3], [4, 4, 4], []]])
+
+def mine(tmp_path, records=TEN, **settings):
+    path = write(tmp_path / 'my.json', records if isinstance(records, str) else json.dumps(records))
+    return prepare.prepare('records', str(tmp_path / 'mine'), input=str(path), **settings)
+
+def test_what_goes_in_comes_out(tmp_path, capsys):
+    """ of an array and of JSON Lines alike; three rows are shown; the last tenth is val """
+    folder = mine(tmp_path, **LENGTHS)
+    shown, corpus = capsys.readouterr().out, Records(folder)
+    assert shown.count('[question]') == shown.count('[plan]') == 3 and '[execution]\n2 + 2 = 4\n#### 4' in shown.replace('] ', ']\n')
+    found = []
+    for split in 'train', 'val':
+        for row in corpus.raw(split, slice(None)):
+            found.append({name: corpus.tokenizer.decode(ids) for name, ids in Layout(corpus.meta, range(80)).parts(row).items()})
+    assert found == [{k: v for k, v in r.items() if k != 'id'} for r in TEN] and corpus.n_windows('train') == 9
+    lines = mine(tmp_path / 'lines', '\n'.join(map(json.dumps, TEN)) + '\n\n', **LENGTHS)
+    assert all((tmp_path / 'mine' / f).read_bytes() == open(os.path.join(lines, f), 'rb').read() for f in ('train.bin', 'val.bin'))
+    assert open_corpus(folder, 0)[1] == open_corpus(folder, 80)[1] == 80 and open_corpus(folder, 0, 'plan')[1] == 56
+    assert Records(mine(tmp_path / 'few', max_records=4, **LENGTHS)).n_windows('train') == 3
+
+@pytest.mark.parametrize('content, says', [
+    ('[{"question": "a", "plan": "b"}, {"question": 1, "plan"', ['my.json', 'neither', 'line 1']),
+    ('{"question": "a", "plan": "b", "execution": "c"}\n{"question": ', ['my.json', 'line 2']),
+    (json.dumps(TEN[:2] + [{**TEN[2], 'plan': None}]), ['my.json, record 3', "'r2'", "'plan' is null", 'expected text']),
+    (json.dumps(TEN[:1] + [{'question': 'a', 'pan': 'b', 'execution': 'c'}]), ['my.json, record 2', "no field 'plan'", 'did you mean pan']),
+    (json.dumps([TEN[0], [1, 2]]), ['my.json, record 2', '[1, 2]', 'an object with the fields question, plan, execution']),
+    (json.dumps(TEN[:1]), ['1 records', 'at least 2']),
+    (json.dumps([{**r, 'execution': ' '} for r in TEN]), ['record 1', "'execution'", 'expected text']),
+])
+def test_malformed_files(tmp_path, content, says):
+    with pytest.raises(PrepareError) as e:
+        mine(tmp_path, content)
+    assert [words for words in says if words not in str(e.value)] == []
+    assert not (tmp_path / 'mine').exists()
+
+def test_wrong_commands(tmp_path):
+    path = write(tmp_path / 'my.json', json.dumps(TEN))
+    for args, says in [(['--segments=question:8,plan:8', '--plan_len=8'], 'give only one'), (['--segments=128,128'], 'names and lengths'),
+                       (['--segments=question:32,answer:8'], "no field 'answer'"), (['--plan_len=1'], '2 or more'), (['--too_long=keep'], 'drop or truncate'),
+                       (['--segments=question:32,execution:40', '--too_long=drop', '--plan_len=9'], 'give only one'), (['--exec_len=8'], 'no record of train fits')]:
+        with pytest.raises(PrepareError, match=says):
+            prepare.prepare('records', str(tmp_path / 'x'), input=str(path), **{a[2:].split('=')[0]: int(v) if (v := a.split('=')[1]).isdigit() else v for a in args})
+    refused('records', f'--input={path}', '--plan_len=8', '--segments=question:8,plan:8', f'--dataset={tmp_path}/x', says=['--segments=', 'only one'])
+    refused('records', f'--input={tmp_path}/none.json', f'--dataset={tmp_path}/x', says='cannot read')
+    refused('text', f'--input={path}', '--plan_len=8', f'--dataset={tmp_path}/x', says='no use for --plan_len')
+    folder = mine(tmp_path, **LENGTHS)
+    for args, says in [((folder, 100), 'add up to 80 tokens, block_size is 100'), ((folder, 0, 'pln'), 'did you mean plan'), ((folder, 0, 'question'), 'expected some of plan')]:
+        with pytest.raises(PrepareError, match=says):
+            open_corpus(*args)
+    with pytest.raises(PrepareError, match='rows of segments'):
+        prepare.Corpus(folder)
+    with pytest.raises(PrepareError, match='plan begins at token 24 and has 24 tokens, no whole blocks of diffusion_block_size=16'):
+        Layout({**META, 'segments': 'question:24,plan:24'}, [0] * 24 + [1] * 16 + [2] * 8)
+
+def test_too_long_is_dropped_or_cut_and_counted(tmp_path):
+    records = TEN[:4] + [{**TEN[4], 'plan': 'p' * 24}] + TEN[5:]
+    for how, n in ('drop', 8), ('truncate', 9):
+        corpus = Records(mine(tmp_path / how, records, too_long=how, **LENGTHS))
+        train = corpus.meta['splits']['train']
+        assert corpus.n_windows('train') == train['records'] == n and train['too_long'] == 1 and train['segments']['plan'] == {'too_long': 1, 'longest': 25, 'mean': train['segments']['plan']['mean']}
+    row = Layout(corpus.meta, range(80)).parts(corpus.raw('train', [4])[0])
+    assert corpus.tokenizer.decode(row['plan']) == 'p' * 23
+    fitted = Records(mine(tmp_path / 'var', var_length=True))
+    assert fitted.meta['segments'] == 'question:16,plan:32,execution:32' # ends included: 15, 19, 17
+
+def test_four_levels_and_plain_text(tmp_path):
+    folder = mine(tmp_path, [{**r, 'check': 'ok'} for r in TEN], segments='question:24,plan:24,check:8,execution:32')
+    assert [*Records(folder).layout.lengths] == ['question', 'plan', 'check', 'execution'] and Records(folder, 'plan,check').meta['segments'] == 'question:24,execution:32'
+    book = write(tmp_path / 'book.txt', '\n\n'.join(' '.join(f'{p}{w}' for w in range(8)) for p in 'abcd'))
+    corpus = Records(prepare.prepare('records', str(tmp_path / 'book'), input=str(book)))
+    row = {k: corpus.tokenizer.decode(v) for k, v in Layout(corpus.meta, range(512)).parts(corpus.raw('train', [0])[0]).items()}
+    assert row == {'question': 'a0 a1', 'plan': 'a2 a3', 'execution': 'a4 a5 a6 a7'}
+
+# ---- rows: end 5, pad 8
+
+@pytest.mark.parametrize('ids, idx, blocks', [
+    ([0] * 4 + [1, 1, 2, 2] + [3, 3, 4, 4, 5, 5, 6, 6], [1, 2, 5, 8, 3, 5, 8, 8, 1, 2, 3, 4, 0, 5, 8, 8], [0, 0, 0, 7, 1, 1, 7, 7, 3, 3, 4, 4, 5, 5, 7, 7]),
+    ([0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, [1, 2, 5, 8, 3, 5, 5, 5, 1, 2, 3, 4, 0, 5, 5, 5], [0, 0, 0, 4, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]),
+    ([0] * 4 + [1] * 4 + [2] * 8, [1, 2, 5, 8, 3, 5, 5, 5, 1, 2, 3, 4, 0, 5, 5, 5], [0, 0, 0, 3, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2]),
+    ([0] * 16, [1, 2, 5, 8, 3, 5, 5, 5, 1, 2, 3, 4, 0, 5, 5, 5], [0, 0, 0, 1] + [0] * 12),
+])
+def test_a_block_of_an_end_is_ends_and_what_is_wholly_past_it_is_pads(ids, idx, blocks):
+    batch = Layout(META, ids).rows(RAW)
+    assert batch['idx'][0].tolist() == idx and batch['block_ids'][0].tolist() == blocks
+    scored = [-1] * 4 + [x if x != 8 else -1 for x in idx[4:]]
+    assert batch['targets'][0].tolist() == scored
+    assert Layout(META, ids).rows(RAW, only=[1])['targets'][0].tolist() == scored[:8] + [-1] * 8
+    first = len(set(ids)) == 1 # the empty execution of the second record
+    assert batch['idx'][1, 8:].tolist() == [5] * (8 if first else ids.count(ids[8])) + [8] * (0 if first else 8 - ids.count(ids[8]))
+    for row, parts in zip(batch['idx'], [[[1, 2], [3], [1, 2, 3, 4, 0]], [[1, 2, 3], [4, 4, 4], []]]):
+        assert [p.tolist() for p in Layout(META, ids).parts(row).values()] == parts
+
+def test_packed_rows_and_prompts():
+    layout = Layout(META)
+    batch = layout.rows(RAW, length=17)
+    assert batch['idx'].tolist() == [[1, 2, 5, 3, 5, 1, 2, 3, 4, 0, 5] + [8] * 6, [1, 2, 3, 5, 4, 4, 4, 5, 5] + [8] * 8] and 'block_ids' not in batch
+    assert batch['targets'].tolist() == [[-1] * 3 + [3, 5, 1, 2, 3, 4, 0, 5] + [-1] * 6, [-1] * 4 + [4, 4, 4, 5, 5] + [-1] * 8]
+    assert layout.rows(RAW, only=[2])['targets'][0, :12].tolist() == [-1] * 5 + [1, 2, 3, 4, 0, 5, -1]
+    assert [p.tolist() for p in layout.parts(batch['idx'][0]).values()] == [[1, 2], [3], [1, 2, 3, 4, 0]]
+    assert [*layout.parts([1, 2, 5, 3, -1])] == ['question', 'plan'] and layout.parts([1, 2, 5, 3, -1])['plan'].tolist() == [3]
+    asked = layout.prompt([np.array([1]), np.array([1, 2, 3])])
+    assert asked['idx'].tolist() == [[1, 5, -1, -1], [1, 2, 3, 5]] and asked['max_new_tokens'] == 12
+    slots = Layout(META, [0] * 4 + [1] * 4 + [2] * 8).prompt([np.array([1])])
+    assert slots['idx'].tolist() == [[1, 5, 8, 8] + [-1] * 12] and slots['block_ids'].tolist() == [[0, 0, 3, 3] + [1] * 4 + [2] * 8]
+    with pytest.raises(PrepareError, match='the question has 4 tokens, this model reads at most 3'):
+        layout.prompt([np.arange(4)])
+
+def test_the_curriculum_scores_segments_one_by_one(tmp_path):
+    corpus = Records(mine(tmp_path, **LENGTHS))
+    corpus.layout = Layout(corpus.meta, [0] * 24 + [1] * 24 + [2] * 32)
+    for done, scored in (0.0, [24, 48]), (0.99, [24, 48]), (1.0, [24, 80]), (7.0, [24, 80]):
+        targets = corpus.batch('train', 5, 80, np.random.default_rng(0), done)['targets']
+        assert (targets != -1).all(0).nonzero()[0].tolist() == list(range(*scored))
+    assert sum(len(b['idx']) for b in corpus.windows('train', 4, 80)) == 9 and [len(b['idx']) for b in corpus.windows('train', 4, 80, 5)] == [4, 1]
+
+# ---- the data that comes along
+
+def test_arithmetic_is_right_and_its_splits_are_disjoint():
+    script, check = (prepare.load(os.path.join(prepare._DATA, 'arithmetic'), f'{name}.py') for name in ('prepare', 'check'))
+    splits = script.corpus(difficulty=3, max_records=2000)['splits']
+    questions = [r['question'] for records in splits.values() for r in records]
+    assert len(set(questions)) == 2000 and min(map(len, splits.values())) > 100
+    assert splits == script.corpus(difficulty=3, max_records=2000)['splits'] != script.corpus(difficulty=3, max_records=2000, seed=1)['splits']
+    assert not set(r['question'] for r in script.corpus(difficulty=3, max_records=5000, seed=1)['splits']['test']) & set(r['question'] for r in splits['train'])
+    for r in splits['train']:
+        assert sorted(r['facts'].split('\n')) == sorted(f for f in re.findall(r'[A-Z][^.?]*\.', r['question']) if f.split()[0] in [r['facts'].split()[0]] + [p.split()[0] for p in r['plan'].split('\n')])
+        facts = dict(re.findall(r'(\w+) has (\d) (?!more|fewer|times)', r['question'])) # the plan alone and the question make the answer
+        for step in r['plan'].split('\n'):
+            name, _, other, op, n = step.split()
+            facts[name] = str(eval(f'{facts[other]} {op} {n}'))
+            assert any(f in r['question'] for f in [f"{name} has {n} {word} {other}." for word in ('more than', 'fewer than', 'times as many as')])
+        assert r['execution'].endswith(f'#### {facts[name]}') and r['question'].endswith(f'How many has {name}?')
+        assert all(eval(line.replace('=', '==')) for line in r['execution'].split('\n')[:-1])
+    assert check.same_plan('Bob = Ann + 5\nCid = Bob * 2', 'Dan = Ann - 1\nBob = Ann + 5\nCid = Bob * 2')
+    for other in 'Cid = Bob * 2\nBob = Ann + 5', 'Bob = Ann + 5', 'Bob = Ann + 4\nCid = Bob * 2', 'nonsense', '':
+        assert not check.same_plan(other, 'Bob = Ann + 5\nCid = Bob * 2')
+
+def test_problems_can_run_out(monkeypatch):
+    script = prepare.load(os.path.join(prepare._DATA, 'arithmetic'), 'prepare.py')
+    monkeypatch.setattr(script, 'NAMES', ['Ann', 'Bob', 'Cid'])
+    monkeypatch.setattr(script, 'THINGS', ['figs'])
+    monkeypatch.setattr(script, 'problem', lambda rng, steps, problem=script.problem: problem(random.Random(rng.randint(0, 50)), steps))
+    with pytest.raises(PrepareError, match='ask for fewer'):
+        script.corpus(difficulty=1, max_records=100)
+
+def test_gsm8k_plans(tmp_path):
+    solution = 'She sold 48/2 = <<48/2=24>>24 clips in May.\nShe paid $<<5*2=10>>10.\nSo she is done.\n#### 24'
+    socratic = 'How many in May? ** ' + solution.replace('\nShe', '\nHow much? ** She').replace('\nSo', '\nIs she? ** So')
+    plain = [{'question': f'Q{i}', 'answer': solution} for i in range(4)]
+    for split in 'train', 'test':
+        write(tmp_path / f'{split}.jsonl', '\n'.join(map(json.dumps, plain)))
+    write(tmp_path / 'test_socratic.jsonl', '\n'.join(json.dumps({**r, 'answer': socratic}) for r in plain))
+    script = prepare.load(os.path.join(prepare._DATA, 'gsm8k'), 'prepare.py')
+    found = script.corpus('', input=str(tmp_path))['splits'] # one rule for both splits
+    assert {k: len(v) for k, v in found.items()} == {'train': 2, 'val': 2, 'test': 4}
+    for r in found['train'] + found['test']:
+        assert r['plan'] == 'She sold ? clips in May.\nShe paid ?.\nSo she is done.'
+        assert r['execution'] == 'She sold 48/2 = 24 clips in May.\nShe paid $10.\nSo she is done.\n#### 24'
+    write(tmp_path / 'train_socratic.jsonl', (tmp_path / 'test_socratic.jsonl').read_text())
+    found = script.corpus('', input=str(tmp_path), marks=True)['splits']
+    assert found['val'][0]['plan'] == 'How many in May?\nHow much?\nIs she?' and found['test'][0]['execution'] == solution
+    write(tmp_path / 'test_socratic.jsonl', json.dumps(plain[0]) + '\n' + json.dumps({**plain[0], 'answer': '24'}))
+    with pytest.raises(PrepareError, match="test_socratic.jsonl, record 2: the field 'answer' ends in '24'"):
+        script.corpus('', input=str(tmp_path))
+
+def test_the_command(tmp_path):
+    code, out, err = run('arithmetic', '--max_records=200', '--difficulty=1', f'--dataset={tmp_path}/a')
+    assert code == 0, err
+    assert out.count('[plan]') == 3 and 'records of question:136,plan:32,execution:32; 0 were too long' in out
