@@ -347,3 +347,8 @@ def test_readme_commands(tmp_path, here):
         name = re.search(r'--out_dir=([\w-]+)', command)[1]
         command = re.sub(r'--start=("[^"]*"|\S+)', '--start=All', command) # in both vocabularies
         here(command, '--max_new_tokens=5', f'--out_dir={runs[name]}')
+    for tool, args in re.findall(r'^python -m tools\.(compare|quality|answers) (.*)', text, re.M):
+        args = [re.sub(r'out-[\w-]+', lambda name: str(runs[name[0]]), arg.strip('"')) for arg in re.findall(r'"[^"]*"|\S+', args)]
+        small = {'compare': [], 'quality': ['--num_samples=2', '--new_tokens=4', '--prompt=4', '--batch_size=2'], 'answers': ['--num_samples=2', '--bound_samples=1']}[tool]
+        found = here(f'tools/{tool}.py', *[re.sub(r'steps=[\d|]+', 'steps=4', arg) for arg in args if 'num_samples' not in arg], *small)
+        assert found.count('\n|') >= len(args)
