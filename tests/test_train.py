@@ -2,6 +2,7 @@
 The commands are the tests: train.py and sample.py as a user runs them, with tiny numbers.
 """
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -207,7 +208,7 @@ def test_diffusion_trains_and_writes(corpus, trained, tmp_path, objective):
         assert 'expected ar, whose likelihood is exact' in run(f'-m tools.quality {out} --judge={out}', code=2)
         assert 'has no use for sampler' in run('-m tools.quality', f'{trained[0]},sampler=fixed', *tool, code=2)
 
-def test_what_quality_counts(corpus, trained):
+def test_what_quality_counts(corpus, trained, monkeypatch):
     """ the judge's nats of some tokens, in texts of one and of three contexts, and the variety of texts that can be counted by hand """
     critic, idx = models.load_checkpoint(trained[0] / 'ckpt_best.pt')[0], torch.from_numpy(next(prepare.Corpus(str(corpus)).windows('val', 2, 40))['idx'])
     targets = torch.where((torch.arange(40) >= 10) & (torch.arange(40) < 36), idx, -1)
@@ -216,6 +217,9 @@ def test_what_quality_counts(corpus, trained):
     assert scored.tolist() == [26, 26] and torch.allclose(nats, -logp.gather(2, idx[:, :, None])[:, 10:36, 0].sum(1), rtol=1e-5)
     found = quality.variety([[0, 1, 0, 1, 0], [0, 1, 2, 3, 4]], 2) # 01 10 01 10 and 01 12 23 34
     assert found['distinct'] == 5 / 8 and found['repetition'] == 2 / 8 and abs(found['entropy'] - -sum(p * math.log(p) for p in (.4, .3, .1, .1, .1))) < 1e-12
+    if importlib.util.find_spec('sacrebleu'):
+        monkeypatch.setattr(quality, 'bleu', 'words')
+        assert abs(quality.likeness(['to be or not to eat'], ['to be or not to be']) - 100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25) < 1e-6
     assert [row[0] for row in quality.contenders(['a,x=1|2,y=b'])] == ['a,x=1,y=b', 'a,x=2,y=b'] and quality.contenders(['a,t=0.5'])[0][2] == {'t': 0.5}
 
 def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):

@@ -31,6 +31,7 @@ prompt = 0 # tokens of held-out text before what is written
 new_tokens = 0 # of each text; 0: what is left of the judge's context
 suffix = 0 # tokens of held-out text behind it; then nll behind is the judge's view of how well they follow
 ngram = 4 # n of distinct-n and repetition
+bleu = '' # BLEU of what is written against what held-out text has there: words | char; needs sacrebleu
 examples = 0 # texts of each row to print, what was given in [brackets]
 weights = 'ema' # ema (if the run averaged its weights) | raw
 threads = 0 # of the CPU; 0: as many as torch takes
@@ -111,6 +112,14 @@ def measure(out, gap, critic):
             columns[name], columns[name + '_stderr'] = (nats.sum() / scored.sum()).item(), (means.std() / len(means) ** 0.5).item()
     return columns | variety(out[:, gap].tolist(), ngram)
 
+def likeness(texts, reference):
+    """ BLEU of decoded texts, 0 to 100, with one reference each (https://aclanthology.org/P02-1040) """
+    try:
+        import sacrebleu
+    except ImportError:
+        fail("--bleu needs a package: pip install sacrebleu")
+    return sacrebleu.corpus_bleu(texts, [reference], tokenize={'words': '13a', 'char': 'char'}[bleu]).score
+
 def main():
     names = [a for a in sys.argv[1:] if not a.startswith('-')]
     configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
@@ -120,6 +129,8 @@ def main():
     for name, least in ('num_samples', 2), ('batch_size', 1), ('prompt', 0), ('new_tokens', 0), ('suffix', 0), ('ngram', 1):
         if globals()[name] < least:
             fail(f"{name} is {globals()[name]}, expected at least {least}")
+    if bleu not in ('', 'words', 'char'):
+        fail(f"bleu is {bleu!r}, expected words or char")
     if threads:
         torch.set_num_threads(threads)
     table, texts, begun = [], [], time.time()
@@ -161,11 +172,14 @@ def main():
                           'tokens_per_second': num_samples * new / seconds, 'samples': num_samples, 'new_tokens': new})
     except (PrepareError, AssertionError, ValueError, OSError, TypeError) as e:
         fail(str(e))
-    behind = suffix > 0
-    print('| contender | judge nll |', ' nll behind |' * behind, f' entropy | distinct-{ngram} | repetition | NFE | tokens/s |\n' + '|---' * (7 + behind) + '|', sep='')
+    behind, parts = suffix > 0, [[tokenizer.decode(ids) for ids in out[:, gap].tolist()] for out in texts]
+    for row, part in zip(table, parts if bleu else []):
+        row['bleu'] = likeness(part, parts[0])
+    print('| contender | judge nll |', ' nll behind |' * behind, ' BLEU |' * bool(bleu),
+          f' entropy | distinct-{ngram} | repetition | NFE | tokens/s |\n' + '|---' * (7 + behind + bool(bleu)) + '|', sep='')
     for row in table:
         cost = f"{row['nfe']:.0f} | {row['tokens_per_second']:,.0f}" if 'nfe' in row else ' | '
-        print(f"| {row['contender']} | {row['nll']:.3f} +- {row['nll_stderr']:.3f} |" + (f" {row['nll_behind']:.3f} |" if behind else ''),
+        print(f"| {row['contender']} | {row['nll']:.3f} +- {row['nll_stderr']:.3f} |" + (f" {row['nll_behind']:.3f} |" if behind else '') + (f" {row['bleu']:.2f} |" if bleu else ''),
               f"{row['entropy']:.3f} | {row['distinct']:.3f} | {row['repetition']:.3f} | {cost} |")
     print(f"{num_samples} texts of {new} new tokens each, {batch_size} at once, {torch.get_num_threads()} threads, {where}; judge {judge}, {weights} weights")
     for row, out in zip(table, texts):
