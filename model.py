@@ -402,7 +402,7 @@ def ancestral(hidden, total, t, s):
 
 def fixed(hidden, total, t, s):
     """ all but a share s of the block: linear, every step the same number, or one more (https://arxiv.org/abs/2502.09992) """
-    return hidden.sum(1) - total + (total.double() * (1 - s) + 1e-9).long() # 1e-9: 5 * (1 - 0.8) is 0.99...
+    return hidden.sum(1) - total + (total * (1 - s) + 1e-4).long() # 1e-4: 5 * (1 - 0.8) is 0.99...
 
 def threshold(hidden, rank, probs, bound):
     """ all that the model is sure of, or else the first (https://arxiv.org/abs/2505.22618) """
@@ -571,6 +571,11 @@ class GPT(nn.Module):
         self.register_buffer('unseen', unseen if config.text_size < config.vocab_size else None, persistent=False)
         self.register_buffer('rope', rope_table(config) if config.pos == 'rope' else None, persistent=False)
 
+    @classmethod
+    def usual_attention(cls, segments):
+        """ the pattern for rows of these segments ('' or None: plain text) where none is asked for """
+        return 'hierarchical' if segments and 'hierarchical' in cls.attentions else cls.attentions[0]
+
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
@@ -581,7 +586,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, **settings):
         """ a model that starts from the weights of read_pretrained; settings: fields of GPTConfig, what they do not fix """
         known, weights, _ = read_pretrained(source)
-        model = cls(GPTConfig(**{**known, 'attention': cls.attentions[0], **settings}))
+        model = cls(GPTConfig(**{**known, 'attention': cls.usual_attention(settings.get('segments')), **settings}))
         model.load_pretrained(weights)
         return model
 
@@ -888,6 +893,7 @@ class Denoiser(GPT):
         # corrupt: the provider did
         if targets is None:
             return self.logits(self.one_stream(idx, block_ids)), None
+        assert not torch.equal(idx, targets), "nothing is hidden: denoise fills in what a provider of the dataset corrupted, and these rows are as they were"
         # attend
         rows = (targets.flatten() != -1).nonzero()[:, 0]
         x = self.one_stream(idx, block_ids, rows)
@@ -1003,7 +1009,7 @@ class Denoiser(GPT):
                         if remask and rest > 0:
                             drawn[b, i] = token_probs(logits).gather(1, token[:, None])[:, 0]
                             written = own & (block != -1)
-                            again = leading(-drawn, written, (remask * written.sum(1).double() + 1e-9).long())
+                            again = leading(-drawn, written, (remask * written.sum(1) + 1e-4).long())
                             block.masked_fill_(again, -1)
                             page.masked_fill_(again, self.config.mask_id)
                         if on_step is not None:
@@ -1678,8 +1684,8 @@ def score(model, batches, n_samples=1):
         else:
             s = (batch['targets'] != -1).sum(1)
             n = (model(**batch)[1] * s)[:, None]
-        nats.append(n.double().cpu())
-        scored.append(s.double().cpu())
+        nats.append(n.cpu().double()) # in this order: MPS has no float64
+        scored.append(s.cpu().double())
     nats, scored = torch.cat(nats), torch.cat(scored) # (rows, samples), (rows,)
     tokens, rows, n = scored.sum().item(), len(nats), nats.size(1)
     value, means = nats.mean(1).sum().item() / tokens, nats.mean(1) / scored.clamp(min=1)
@@ -1714,6 +1720,10 @@ def read_pickle(path):
     """ what torch.save wrote, tensors on the CPU; never executes pickled code """
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        folder = os.path.dirname(path) or '.'
+        others = sorted(name for name in os.listdir(folder) if name.endswith('.pt')) if os.path.isdir(folder) else []
+        raise ValueError(f"there is no checkpoint {path}; {'its folder has ' + ', '.join(others) if others else 'train a model first, or name the folder of a run'}") from None
     except OSError:
         raise
     except Exception as e: # truncated, foreign or unsafe: the kinds of exception are many, the news is one
@@ -1762,15 +1772,15 @@ def read_pretrained(source):
     ckpt = read_checkpoint(source)
     return ckpt['config'], ckpt['model'], {k: ckpt['meta'][k] for k in ('tokenizer', 'chars') if k in ckpt['meta']}
 
-def load_checkpoint(path, device='cpu', weights='ema', objectives=OBJECTIVES, view=None):
+def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None):
     """
     A checkpoint of train.py (its path, or what read_checkpoint gave) -> (model in eval mode, the checkpoint's dict).
-    weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step. view: what else the
+    weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step. objectives: more of them than are here. view: what else the
     weights can be read as: 'ar', of a bd3lm run with clean_causal or an mdlm run with ar_weight.
     """
     assert weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw"
     ckpt = path if isinstance(path, dict) else read_checkpoint(path)
-    unknown = sorted(ckpt['config'].keys() - {f.name for f in fields(GPTConfig)})
+    unknown, objectives = sorted(ckpt['config'].keys() - {f.name for f in fields(GPTConfig)}), OBJECTIVES | objectives
     if unknown or ckpt['objective'] not in objectives:
         raise ValueError(f"the checkpoint was written by another version: {', '.join(unknown) or ckpt['objective']} is unknown here")
     model = objectives[ckpt['objective']](GPTConfig(**ckpt['config']))

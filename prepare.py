@@ -65,6 +65,7 @@ class PrepareError(Exception):
 
 def read_text(path, expected=''):
     """ a file's text as it is, less a byte order mark; expected: the checksum it must have, if given """
+    path = os.path.expanduser(path)
     try:
         with open(path, 'rb') as f:
             data = f.read()
@@ -179,7 +180,7 @@ def char_codec(meta):
             raise PrepareError(f"unknown character {text[n]!r} (U+{ord(text[n]):04X}) at position {n}: "
                                f"this model's vocabulary has only {has!r}")
         return ids
-    return encode, lambda ids: points[ids].tobytes().decode('utf-32-le')
+    return encode, lambda ids: points[ids].tobytes().decode('utf-32-le', 'replace')
 
 def byte_codec(meta):
     """ the bytes of UTF-8: any text, 256 ids, longer sequences """
@@ -233,13 +234,10 @@ class Tokenizer:
         """ -> int64 array (n,); a PrepareError for a character that the vocabulary lacks """
         return self.codec[0](text)
 
-    def decode(self, ids, show=None):
-        """ any ids -> str. Reserved ids vanish unless show = {id: str} has them; broken UTF-8 becomes U+FFFD """
+    def decode(self, ids):
+        """ any ids -> str. Reserved ids vanish; broken UTF-8 becomes U+FFFD """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        reserved = np.flatnonzero(ids >= self.end_id)
-        pieces = [self.codec[1](ids[a:b]) for a, b in zip([0, *(reserved + 1)], [*reserved, len(ids)])]
-        between = [(show or {}).get(int(ids[i]), '') for i in reserved]
-        return ''.join(a + b for a, b in zip(pieces, between + ['']))
+        return ''.join(self.codec[1](part[part < self.end_id]) for part in np.split(ids, np.flatnonzero(ids >= self.end_id)))
 
 # -----------------------------------------------------------------------------
 # records: rows of segments
@@ -250,6 +248,14 @@ def read_segments(text):
     if len(pairs) < 2 or len(dict(pairs)) < len(pairs) or not all(name.isidentifier() and n.isdecimal() and int(n) > 1 for name, n in pairs):
         raise PrepareError(f"segments is {text!r}, expected names and lengths of 2 or more tokens, the question first: question:128,plan:128,execution:256")
     return {name: int(n) for name, n in pairs}
+
+def without(lengths, skip):
+    """ {segment: tokens} less the names in skip, 'plan,check' """
+    gone = [name.strip() for name in skip.split(',') if name.strip()]
+    for name in gone:
+        if name not in [*lengths][1:]:
+            raise PrepareError(f"skip names {name!r}, expected some of {', '.join([*lengths][1:])}{nearest(name, lengths)}")
+    return {name: n for name, n in lengths.items() if name not in gone}
 
 def segments_text(lengths):
     return ','.join(f'{name}:{n}' for name, n in lengths.items())
@@ -331,7 +337,11 @@ class Layout:
         used = np.logical_or.reduceat(~pad, first, axis=1)[:, self.ids] # (B, T): is there text or an end in the block?
         raw = np.where(pad & used & (self.segment > 0), self.end_id, raw)
         pad = raw == self.pad_id
-        return {'idx': raw, 'targets': np.where(scored & ~pad, raw, -1), 'block_ids': np.where(pad, self.ids[-1] + 1, self.ids)}
+        return {'idx': raw, 'targets': np.where(scored & ~pad, raw, -1), 'block_ids': self.blocks(pad)}
+
+    def blocks(self, pad):
+        """ the block of every position, (B, T), where pad (B, T) tells pads, which have one to themselves """
+        return np.where(pad, self.ids[-1] + 1, self.ids)
 
     def prompt(self, questions):
         """ ids of questions -> what generate takes: idx with -1 where the model writes, max_new_tokens, and block_ids where it knows blocks """
@@ -344,7 +354,7 @@ class Layout:
             longest = max(map(len, questions)) + 1
             return {'idx': np.where(raw == self.pad_id, -1, raw)[:, :longest], 'max_new_tokens': int(room)}
         pad = (raw == self.pad_id) & (self.segment == 0)
-        return {'idx': np.where(self.segment > 0, -1, raw), 'max_new_tokens': 0, 'block_ids': np.where(pad, self.ids[-1] + 1, self.ids)}
+        return {'idx': np.where(self.segment > 0, -1, raw), 'max_new_tokens': 0, 'block_ids': self.blocks(pad)}
 
     def parts(self, row):
         """ a row, as far as it is written (-1 elsewhere), in a model's form -> {segment: ids before its end}, of those begun """
@@ -373,10 +383,10 @@ def load(folder, file):
     spec.loader.exec_module(module)
     return module
 
-def provider(dataset):
-    """ the names that the dataset's provider.py defines, {} if it has none """
+def provider(dataset, file='provider.py'):
+    """ the names that a script of the dataset defines, {} if it has none """
     folder = data_folder(dataset)
-    return vars(load(folder, 'provider.py')) if os.path.exists(os.path.join(folder, 'provider.py')) else {}
+    return vars(load(folder, file)) if os.path.exists(os.path.join(folder, file)) else {}
 
 def prepare(name, dataset='', tokenizer='', **settings):
     """ write the folder `dataset` ('' is data/<name>) as data/<name>/prepare.py says, all or nothing; returns it """
@@ -403,13 +413,17 @@ def prepare(name, dataset='', tokenizer='', **settings):
 
     print(f"preparing {folder}", flush=True)
     corpus = script.corpus(**settings)
+    if not isinstance(corpus, dict) or not {'splits', 'closed'} <= corpus.keys():
+        raise PrepareError(f"corpus() of data/{name}/prepare.py returns no dict of splits and closed, such as {{'splits': {{'train': [...], 'val': [...]}}, 'closed': False}}")
     splits = corpus.pop('splits')
     kind, documents = tokenizer or script.tokenizer, sum(splits.values(), [])
     documents = [record[key] for record in documents for key in lengths] if lengths else documents
     meta = {'format': _FORMAT, 'dataset': name, **vocabulary(kind, documents, corpus['closed'])}
     meta['dtype'] = 'uint16' if meta['vocab_size'] <= 65535 else 'uint32'
     meta |= {'splits': {}, **corpus}
-    codec, reports = Tokenizer(meta), {}
+    codec, reports, characters = Tokenizer(meta), {}, {}
+    for split, texts in splits.items():
+        characters[split] = sum(len(text[key]) for text in texts for key in lengths) if lengths else sum(map(len, texts))
     if lengths:
         how = {key: own[key] for key in ('too_long', 'var_length') if key in own}
         splits, reports, lengths = fit(splits, lengths, codec.encode, lambda n: Layout(meta | {'segments': segments_text(n)}), **how)
@@ -424,7 +438,7 @@ def prepare(name, dataset='', tokenizer='', **settings):
                     ids = np.append(ids, codec.end_id) if corpus['closed'] and not lengths else ids
                     f.write(ids.astype(meta['dtype']).tobytes())
                     tokens += len(ids)
-            meta['splits'][split] = {'tokens': tokens, 'characters': sum(map(len, documents)),
+            meta['splits'][split] = {'tokens': tokens, 'characters': characters[split],
                                      'documents': len(documents), 'sha256': file_sum(path), **reports.get(split, {})}
         with open(temporary[-1], 'w') as f:
             json.dump(meta, f, indent=1)
@@ -536,11 +550,8 @@ class Records(Corpus):
     """ rows of segments. skip: names of segments to do without; layout: a Layout that knows the model, set by whoever built it """
     def __init__(self, dataset, skip=''):
         super().__init__(dataset)
-        lengths, gone = read_segments(self.meta['segments']), [name.strip() for name in skip.split(',') if name.strip()]
-        for name in gone:
-            if name not in [*lengths][1:]:
-                raise PrepareError(f"skip names {name!r}, expected some of {', '.join([*lengths][1:])}{nearest(name, lengths)}")
-        kept = {name: n for name, n in lengths.items() if name not in gone}
+        lengths = read_segments(self.meta['segments'])
+        kept = without(lengths, skip)
         self.columns = np.repeat([name in kept for name in lengths], list(lengths.values())) # (stored length,)
         self.meta = self.meta | {'segments': segments_text(kept)}
         self.layout = Layout(self.meta)

@@ -61,11 +61,14 @@ def check_kinds(config):
                 what = {int: 'a whole number', str: 'a name'}.get(kind, 'a number')
                 raise PrepareError(f"{name} is {config[name]!r}, expected {what}")
 
+def prompt_text(start):
+    """ --start, or what is in the file that it names """
+    return read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
+
 def encode_prompt(tokenizer, start):
     """ (1, T) token ids of the prompt, FILE: resolved; -1, so many times, where it has a gap like [[40]] """
-    text = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
     ids = []
-    for i, piece in enumerate(re.split(r'(?<!\\)\[\[([0-9]+)\]\]', text)): # text, length of a gap, text, ...
+    for i, piece in enumerate(re.split(r'(?<!\\)\[\[([0-9]+)\]\]', prompt_text(start))): # text, length of a gap, text, ...
         if i % 2 and int(piece) == 0:
             raise PrepareError(f"the prompt has a gap of no tokens, [[{piece}]]; if this is text, write \\[[{piece}]]")
         ids += [-1] * int(piece) if i % 2 else list(tokenizer.encode(piece.replace('\\[[', '[[')))
@@ -139,21 +142,18 @@ def main():
         if num_samples < 1:
             raise PrepareError(f"num_samples is {num_samples}, expected at least 1")
         where, amp, _ = models.pick_device(device, dtype)
-        if not os.path.exists(path):
-            raise PrepareError(f"there is no checkpoint {path}: name the folder of a run with --out_dir, train one first with train.py")
         state = models.read_checkpoint(path)
-        objectives = models.OBJECTIVES | provider(state['settings']['dataset']).get('OBJECTIVES', {})
-        model, _ = models.load_checkpoint(state, where, weights, objectives, view)
+        model, _ = models.load_checkpoint(state, where, weights, provider(state['settings']['dataset']).get('OBJECTIVES', {}), view)
         tokenizer = Tokenizer(state['meta'])
         more, new = {}, max_new_tokens
         if 'segments' in state['meta']:
-            if not start:
-                raise PrepareError("this model answers questions: give one with --start=")
+            if not start or stop is not None:
+                raise PrepareError("this model answers questions: give one with --start=" if not start else "segments end at the end id: leave out --stop")
             layout = Layout(state['meta'], getattr(model, 'id_list', None))
-            asked = layout.prompt([tokenizer.encode(read_text(start.removeprefix('FILE:')).strip() if start.startswith('FILE:') else start)])
-            new, stop_at, show = asked.pop('max_new_tokens'), tokenizer.end_id, lambda ids: labelled(layout, tokenizer, ids)
-            prompt, *blocks = (torch.from_numpy(a).to(where) for a in asked.values())
-            more = {'block_ids': ids for ids in blocks}
+            more = layout.prompt([tokenizer.encode(prompt_text(start).strip())])
+            new, stop_at, show = more.pop('max_new_tokens'), tokenizer.end_id, lambda ids: labelled(layout, tokenizer, ids)
+            more = {k: torch.from_numpy(ids).to(where) for k, ids in more.items()}
+            prompt = more.pop('idx')
         else:
             first = start or '\n' * (model.config.begin_id is None) # something must come first
             prompt, stop_at = encode_prompt(tokenizer, first).to(where), stop_id(tokenizer, stop)

@@ -109,6 +109,17 @@ def test_what_pads_hold_is_all_the_same(way):
         torch.manual_seed(5)
         assert torch.allclose(first, f(other), atol=1e-10)
 
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@every_way
+@torch.no_grad()
+def test_flex_and_dense_masks_agree_row_by_row(way):
+    """ FlexAttention with pads and blocks of each row's own, as a GPU trains and scores """
+    model, layout, batch = make((way[0], {**way[1], 'n_embd': 32, 'dtype': torch.float}))
+    xt, ids, real = hide(batch), batch['block_ids'], batch['idx'] != 8
+    dense = model.logits(model.denoise(xt, batch['idx'], ids))
+    model.config.attn_backend = 'flex'
+    assert ids.dim() == 2 and torch.allclose(dense[real][:, :5], model.logits(model.denoise(xt, batch['idx'], ids))[real][:, :5], atol=1e-4)
+
 @torch.no_grad()
 def test_a_packed_row_is_ar_without_leaks():
     """ pads at the end move nothing, every token of plan and execution is scored once, given exactly what stands before it """
@@ -284,6 +295,7 @@ def test_answers(problems, tmp_path, here, monkeypatch):
     corpus = prepare.Records(str(problems))
     batch = next(corpus.windows('test', 9, 201))
     assert abs(gpt.nll_bound(*map(torch.from_numpy, batch.values()))[0].mean() - found['ar'][0]['nats_plan'] - found['ar'][0]['nats_execution']) < 1e-3
+    assert "'str'" in here('tools/answers.py', f'{tmp_path}/bd3lm,sampler=threshold,confidence_threshold=x', *sizes, code=2)
     assert 'has no use for magic' in here('tools/answers.py', f'{tmp_path}/ar,magic=1', *sizes, code=2) and 'name the folders' in here('tools/answers.py', code=2)
 
     def oracle(model, idx, max_new_tokens, stop=None, on_step=None, **options): # writes what the data says, but for the first row of a batch
@@ -302,6 +314,15 @@ def test_answers(problems, tmp_path, here, monkeypatch):
 def test_answers_and_intervals():
     assert answers.answer('1 + 1 = 2\n#### 1,200') == answers.answer('#### $1200.00') == 1200 and answers.answer('#### 3 x') == '3 x' and answers.answer(' so it is ') == 'so it is'
     assert answers.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and answers.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+
+def test_plain_text_in_segments_is_a_hierarchy_wherever_it_is_named(tmp_path, here):
+    """ training and the picture of its mask choose the same pattern, and take the same defaults """
+    (tmp_path / 'a.txt').write_text('to be or not to be ' * 100)
+    prepare.prepare('text', str(tmp_path / 'text'), 'byte', input=str(tmp_path / 'a.txt'))
+    args = [*SMALL, '--objective=mdlm', '--segments=4,4,8', '--block_size=16']
+    assert 'attention hierarchical' in here('train.py', *args, f'--dataset={tmp_path}/text', f'--out_dir={tmp_path}/run')
+    assert plot.read_settings(args[-3:])[0].attention == 'hierarchical' and plot.read_settings(['--objective=mdlm'])[0].attention == 'full'
+    assert plot.read_settings(['--objective=bd3lm'])[0].diffusion_block_size == 16
 
 def test_masks_from_a_config_alone(tmp_path, here, monkeypatch):
     """ of a dataset that nobody prepared, too; the picture shows dense_mask with lines where segments begin """

@@ -68,11 +68,10 @@ def test_decode_undoes_encode(kind, gpt2):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and ids.dtype == np.int64
         assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < meta['end_id']
-    # reserved ids: right after the text, silent unless asked for
+    # reserved ids: right after the text, silent
     assert [meta[k] - meta['end_id'] for k in ('begin_id', 'mask_id', 'pad_id', 'text_size')] == [1, 2, 3, 1]
     the = [*tokenizer.encode('the')]
     assert tokenizer.decode([meta['end_id'], *the, meta['mask_id'], *the, meta['vocab_size'] - 1]) == 'thethe'
-    assert tokenizer.decode([*the, meta['mask_id'], *the], show={meta['mask_id']: '_'}) == 'the_the'
 
 def test_vocabularies(gpt2):
     assert vocabulary('byte')['text_size'] == 256 and vocabulary('byte', closed=True)['text_size'] == 257
@@ -289,6 +288,9 @@ def test_ensure(book, tmp_path, monkeypatch, capsys):
         prepare.ensure('text')
     assert prepare.ensure('python_docs') == prepare.ensure('python_docs') == str(tmp_path / 'data' / 'python_docs')
     assert capsys.readouterr().out.count('preparing') == 1 and Corpus('python_docs').tokens('val')
+    write(tmp_path / 'data' / 'mine' / 'prepare.py', "tokenizer = 'char'\ndef corpus():\n    return {'train': ['ab'], 'val': ['b']}\n")
+    with pytest.raises(PrepareError, match='no dict of splits and closed'):
+        prepare.ensure('mine')
     assert prepare.data_folder('./x') == './x' and prepare.data_folder('a/b') == 'a/b'
 
 def test_the_command_refuses_with_a_sentence(tmp_path):

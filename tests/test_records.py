@@ -32,6 +32,7 @@ def test_what_goes_in_comes_out(tmp_path, capsys):
         for row in corpus.raw(split, slice(None)):
             found.append({name: corpus.tokenizer.decode(ids) for name, ids in Layout(corpus.meta, range(80)).parts(row).items()})
     assert found == [{k: v for k, v in r.items() if k != 'id'} for r in TEN] and corpus.n_windows('train') == 9
+    assert corpus.meta['splits']['train']['characters'] == sum(len(r[k]) for r in TEN[:9] for k in ('question', 'plan', 'execution'))
     lines = mine(tmp_path / 'lines', '\n'.join(map(json.dumps, TEN)) + '\n\n', **LENGTHS)
     assert all((tmp_path / 'mine' / f).read_bytes() == open(os.path.join(lines, f), 'rb').read() for f in ('train.bin', 'val.bin'))
     assert open_corpus(folder, 0)[1] == open_corpus(folder, 80)[1] == 80 and open_corpus(folder, 0, 'plan')[1] == 56
@@ -55,7 +56,7 @@ def test_malformed_files(tmp_path, content, says):
 def test_wrong_commands(tmp_path):
     path = write(tmp_path / 'my.json', json.dumps(TEN))
     for args, says in [(['--segments=question:8,plan:8', '--plan_len=8'], 'give only one'), (['--segments=128,128'], 'names and lengths'),
-                       (['--segments=question:32,answer:8'], "no field 'answer'"), (['--plan_len=1'], '2 or more'), (['--too_long=keep'], 'drop or truncate'),
+                       (['--segments=question:32,answer:8'], "no field 'answer'"), (['--plan_len=1'], '2 or more'), (['--max_records=1'], 'max_records is 1'), (['--too_long=keep'], 'drop or truncate'),
                        (['--segments=question:32,execution:40', '--too_long=drop', '--plan_len=9'], 'give only one'), (['--exec_len=8'], 'no record of train fits')]:
         with pytest.raises(PrepareError, match=says):
             prepare.prepare('records', str(tmp_path / 'x'), input=str(path), **{a[2:].split('=')[0]: int(v) if (v := a.split('=')[1]).isdigit() else v for a in args})

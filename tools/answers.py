@@ -23,7 +23,7 @@ import model as models
 import prepare
 from configurator import configure, fail
 from prepare import Layout, PrepareError, Records, Tokenizer, provider
-from tools.quality import contenders
+from tools.quality import contenders, load
 
 num_samples = 0 # questions, the first so many of the split; 0: all
 batch_size = 32 # answered at once
@@ -52,28 +52,22 @@ def wilson(right, n):
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-def ours(dataset):
-    """ what the dataset's check.py defines, {} if it has none """
-    folder = os.path.join(os.path.dirname(os.path.abspath(prepare.__file__)), 'data', dataset)
-    return vars(prepare.load(folder, 'check.py')) if os.path.exists(os.path.join(folder, 'check.py')) else {}
-
 def bound(model, layout, raw, only, where):
     """ nats of the segments `only` (numbers) of raw rows, summed per row, (B,); nothing after them is visible """
     batch = {k: torch.from_numpy(v).to(where) for k, v in layout.rows(raw, only, model.row_length).items()}
     if layout.ids is not None: # ar cannot look ahead
         later = torch.from_numpy(layout.segment > max(only)).to(where)
         batch['idx'] = batch['idx'].masked_fill(later & (batch['idx'] != layout.pad_id), model.config.mask_id)
-    return model.nll_bound(**batch, n_samples=1 if model.bound_name == 'nll' else bound_samples)[0].double().mean(1).cpu()
+    return model.nll_bound(**batch, n_samples=1 if model.bound_name == 'nll' else bound_samples)[0].cpu().double().mean(1)
 
 def answered(name, folder, options):
     """ the row of a contender, and its answers [{question, ...}] """
     where, amp, _ = models.pick_device(device)
-    state = models.read_checkpoint(os.path.join(folder, f'ckpt_{ckpt}.pt'))
+    model, state = load(folder, where, ckpt, weights)
     meta, settings = state['meta'], state['settings']
     assert 'segments' in meta, f"{folder} was trained on plain text, expected records of question, plan and execution"
-    model, _ = models.load_checkpoint(state, where, weights, models.OBJECTIVES | provider(settings['dataset']).get('OBJECTIVES', {}))
     corpus, tokenizer, layout = Records(settings['dataset'], settings.get('skip', '')), Tokenizer(meta), Layout(meta, getattr(model, 'id_list', None))
-    names, check = [*layout.lengths], ours(meta['dataset'])
+    names, check = [*layout.lengths], provider(meta['dataset'], 'check.py')
     part = split if split in meta['splits'] else 'val' if split == 'test' else split
     n = min(corpus.n_windows(part), num_samples or sys.maxsize)
     raw = np.array(corpus.raw(part, slice(n))).astype(np.int64)
@@ -121,7 +115,7 @@ def main():
     rows = contenders([a for a in sys.argv[1:] if not a.startswith('-')])
     if not rows:
         fail("name the folders of runs: python -m tools.answers out-a out-b")
-    for name, least in ('num_samples', 0), ('batch_size', 1), ('bound_samples', 0), ('examples', 0):
+    for name, least in ('num_samples', 0), ('batch_size', 1), ('bound_samples', 0), ('examples', 0), ('threads', 0):
         if globals()[name] < least:
             fail(f"{name} is {globals()[name]}, expected at least {least}")
     if threads:
@@ -137,7 +131,7 @@ def main():
         for folder, results in found.items():
             with prepare.replacing(os.path.join(folder, 'answers.json')) as (temporary,), open(temporary, 'w') as f:
                 json.dump(results, f, indent=2)
-    except (PrepareError, AssertionError, ValueError, OSError) as e:
+    except (PrepareError, AssertionError, ValueError, OSError, TypeError) as e:
         fail(str(e))
     nats = dict.fromkeys(k for row in table for k in row if k.startswith('nats_') and not k.endswith('_stderr'))
     print(f"| run | accuracy of {table[0]['questions']:,} | 95 % | chance | plan same | NFE | tokens/s |" + ''.join(f" {k.replace('_', ' ')} |" for k in nats))

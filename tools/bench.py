@@ -57,7 +57,7 @@ def build(s, ids):
     own = models.OBJECTIVES[s['objective']]
     shape = {f.name: s[f.name] for f in fields(models.GPTConfig) if f.name in s}
     shape |= dict(text_size=ids, vocab_size=ids + 3, begin_id=ids if s['begin'] else None, mask_id=ids + 1,
-                  attention=s['attention'] or own.attentions[0], diffusion_block_size=s['diffusion_block_size'] or None)
+                  attention=s['attention'] or own.usual_attention(s['segments']), diffusion_block_size=s['diffusion_block_size'] or None)
     device, amp, _ = models.pick_device(s['device'], s['dtype'])
     model = own(models.GPTConfig(**shape)).to(device)
     if device.type == 'cuda' if s['compile'] is None else s['compile']:
@@ -109,11 +109,13 @@ def seconds(call):
     return time.perf_counter() - started
 
 def main():
-    own = {k: v for k, v in globals().items() if k in ('repetitions', 'samples', 'sample_rows', 'new_tokens', 'sampler', 'steps', 'text_size', 'threads', 'output')}
-    settings = configure(dict(__doc__=__doc__, __file__=__file__, **own, **train_settings()), [a for a in sys.argv[1:] if a.startswith('-')])
+    settings = configure(globals() | train_settings(), [a for a in sys.argv[1:] if a.startswith('-')])
     names = [a for a in sys.argv[1:] if not a.startswith('-')]
     if not names:
         fail("name contenders: python -m tools.bench objective=ar objective=mdlm nanogpt")
+    for name, least in ('repetitions', 0), ('samples', 0), ('sample_rows', 1), ('new_tokens', 0), ('text_size', 1), ('threads', 0):
+        if settings[name] < least:
+            fail(f"{name} is {settings[name]}, expected at least {least}")
     if settings['threads']:
         torch.set_num_threads(settings['threads'])
     ids, spawn = settings['text_size'], multiprocessing.get_context('spawn')
@@ -133,8 +135,9 @@ def main():
                 queue = spawn.Queue()
                 worker = spawn.Process(target=peak_memory, args=(s, ids, torch.get_num_threads(), queue))
                 worker.start()
-                row['train_peak_bytes'] = queue.get()
                 worker.join()
+                assert worker.exitcode == 0, f"the process that measures the memory of {row['contender']} died (exit code {worker.exitcode}): is there enough of it?"
+                row['train_peak_bytes'] = queue.get()
         times = [[] for _ in names]
         for i in range(settings['samples'] + 1 if settings['samples'] else 0):
             for s, (model, amp, _), row, t in zip(all_settings, made, rows, times):

@@ -17,7 +17,8 @@ import torch
 
 import model as models
 from configurator import configure, fail
-from prepare import Corpus, PrepareError, provider
+from prepare import Corpus, PrepareError
+from tools.quality import load
 
 orders = 0 # windows per run; 0: none. A network call per token of a block and order
 batch_size = 16
@@ -32,10 +33,8 @@ def read_results(folder):
 
 def order_nats(folder, n_windows, view):
     """ {order: (nats per token, standard error over windows)} of a run, or of what its weights can be read as; ar has one order """
-    state = models.read_checkpoint(os.path.join(folder, 'ckpt_latest.pt')) # what the scoreboard read
-    dataset = state['settings']['dataset']
-    model, _ = models.load_checkpoint(state, 'cpu', 'raw', models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {}), view)
-    corpus, found, ordered = Corpus(dataset), {}, hasattr(model, 'nll_order')
+    model, state = load(f'{folder}:{view}', ckpt='latest', weights='raw') # what the scoreboard read
+    corpus, found, ordered = Corpus(state['settings']['dataset']), {}, hasattr(model, 'nll_order')
     step = max(1, corpus.n_windows('val', model.row_length) // n_windows)
     spaced = [batch['idx'] for batch in itertools.islice(corpus.windows('val', 1, model.row_length), 0, step * n_windows, step)]
     for order in models.ORDERS if ordered else ['left_to_right'] if model.bound_name == 'nll' else []:
@@ -61,11 +60,11 @@ def main():
     for folder in folders:
         results = read_results(folder)
         for reading, numbers in results['weights'].items():
-            row = {'run': folder, 'objective': results['objective'], 'reading': reading, 'parameters': results['parameters'],
+            row = {'run': folder, 'dataset': results['dataset'], 'objective': results['objective'], 'reading': reading, 'parameters': results['parameters'],
                    'train_tokens_seen': results['train_tokens_seen'], **numbers['scoreboard'], 'random_windows': numbers['random_windows']}
             if orders and not reading.startswith('ema'):
                 try:
-                    row['orders'] = order_nats(folder, orders, reading.partition('_as_')[2] or None)
+                    row['orders'] = order_nats(folder, orders, reading.partition('_as_')[2])
                 except (PrepareError, OSError, ValueError) as e:
                     fail(str(e))
             table.append(row)
@@ -79,8 +78,8 @@ def main():
               f"| {row['name']} {row['sign']} {row['nats_per_token']:.4f} | {row['stderr_monte_carlo']:.4f} | {row['stderr_windows']:.4f} "
               f"| {row['perplexity'] or math.nan:.4g} | {row['random_windows']:.4f} |",
               *(f" {v[0]:.3f} +- {v[1]:.3f} |" if v else ' |' for v in found), sep='')
-    if len({(row['windows'], row['tokens']) for row in table}) > 1:
-        print("note: these runs were not scored on the same tokens", *sorted({f"{r['run']}: {r['windows']} {r['protocol']}, {r['tokens']} tokens scored" for r in table}), sep='\n  ')
+    if len({(row['dataset'], row['windows'], row['tokens']) for row in table}) > 1:
+        print("note: these runs were not scored on the same tokens", *sorted({f"{r['run']}: {r['dataset']}, {r['windows']} {r['protocol']}, {r['tokens']} tokens scored" for r in table}), sep='\n  ')
     if output:
         with open(output, 'w') as f:
             json.dump(table, f, indent=2)

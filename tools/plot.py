@@ -15,10 +15,10 @@ import torch
 import prepare
 from configurator import configure, fail, run_config
 from model import OBJECTIVES, GPTConfig, block_ids, dense_mask, scheduling_matrix
+from tools.bench import train_settings
 
-# what can be set: every field of GPTConfig (`--help` lists them), and
+# what can be set: whatever of train.py is a field of GPTConfig (`--help` lists them), and
 objective = 'ar' # mask: a row of OBJECTIVES
-attention = None # mask: causal | full | block | hierarchical; None: hierarchical where there are segments, else the objective's own
 dataset = '' # mask: where segments come from, prepared or not, if not from --segments
 skip = '' # mask: segments of the dataset to do without
 horizon = 16 # scheduling_matrix: tokens in the chunk
@@ -64,21 +64,19 @@ PICTURES = {'mask': plot_mask, 'scheduling_matrix': plot_scheduling_matrix}
 
 def read_settings(argv):
     """ config files (what they set for the model) and --key=value -> (GPTConfig, {'objective': ..., 'horizon': ..., 'output': ...}) """
-    defaults = {f.name: f.default for f in fields(GPTConfig)}
+    names = [f.name for f in fields(GPTConfig)]
     own = dict(objective=objective, dataset=dataset, skip=skip, horizon=horizon, output=output)
-    defaults |= own | {'attention': attention, 'segments': ''}
+    defaults = {k: v for k, v in train_settings().items() if k in names} | own
     for path in (a for a in argv if not a.startswith('-')):
         defaults |= {k: v for k, v in run_config(path, defaults).items() if k in defaults}
     config = configure(dict(__file__=__file__, __doc__=__doc__) | defaults, [a for a in argv if a.startswith('-')])
     assert config['objective'] in OBJECTIVES, f"objective is {config['objective']!r}, expected one of {', '.join(OBJECTIVES)}"
     config['segments'] = config['segments'] or segments_of(config['dataset']) if config['dataset'] or config['segments'] else None
     if config['segments'] and config['skip']:
-        gone, lengths = config['skip'].split(','), prepare.read_segments(config['segments'])
-        config['segments'] = prepare.segments_text({name: n for name, n in lengths.items() if name not in gone})
-    known = OBJECTIVES[config['objective']].attentions
-    config['attention'] = config['attention'] or ('hierarchical' if config['segments'] and 'hierarchical' in known else known[0])
+        config['segments'] = prepare.segments_text(prepare.without(prepare.read_segments(config['segments']), config['skip']))
+    config['attention'] = config['attention'] or OBJECTIVES[config['objective']].usual_attention(config['segments'])
     config['diffusion_block_size'] = config['diffusion_block_size'] or None
-    shape = GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig)})
+    shape = GPTConfig(**{k: v for k, v in config.items() if k in names})
     shape.block_size = shape.block_size or sum(shape.lengths)
     return shape, {k: config[k] for k in own}
 

@@ -33,6 +33,7 @@ suffix = 0 # tokens of held-out text behind it; then nll behind is the judge's v
 ngram = 4 # n of distinct-n and repetition
 bleu = '' # BLEU of what is written against what held-out text has there: words | char; needs sacrebleu
 examples = 0 # texts of each row to print, what was given in [brackets]
+ckpt = 'best' # best | latest
 weights = 'ema' # ema (if the run averaged its weights) | raw
 threads = 0 # of the CPU; 0: as many as torch takes
 seed = 1337
@@ -61,11 +62,11 @@ def contenders(names):
             found.append((','.join([folder, *(f'{k}={v}' for k, v in zip(keys, choice))]), folder, {k: value(v) for k, v in zip(keys, choice)}))
     return found
 
-def load(folder, where):
-    """ 'folder' or 'folder:view' -> (model, its checkpoint's dict) """
+def load(folder, where='cpu', ckpt='best', weights='ema'):
+    """ 'folder' or 'folder:view' of a run -> (model, its checkpoint's dict) """
     folder, _, view = folder.partition(':')
-    state = models.read_checkpoint(os.path.join(folder, 'ckpt_best.pt'))
-    return models.load_checkpoint(state, where, weights, models.OBJECTIVES | provider(state['settings']['dataset']).get('OBJECTIVES', {}), view or None)
+    state = models.read_checkpoint(os.path.join(folder, f'ckpt_{ckpt}.pt'))
+    return models.load_checkpoint(state, where, weights, provider(state['settings']['dataset']).get('OBJECTIVES', {}), view or None)
 
 def judged(model, idx, targets):
     """ nats of the scored tokens of rows (B, N), summed per row, and how many they are, both (B,); a long row is read context by context """
@@ -108,7 +109,7 @@ def measure(out, gap, critic):
         if (targets != -1).any():
             with torch.no_grad():
                 nats, scored = judged(critic, out, targets)
-            means = (nats / scored.clamp(min=1)).double()
+            means = (nats / scored.clamp(min=1)).cpu().double()
             columns[name], columns[name + '_stderr'] = (nats.sum() / scored.sum()).item(), (means.std() / len(means) ** 0.5).item()
     return columns | variety(out[:, gap].tolist(), ngram)
 
@@ -126,7 +127,7 @@ def main():
     rows = contenders(names)
     if not rows or not judge:
         fail("name runs and a judge: python -m tools.quality out-mdlm out-bd3lm --judge=out-ar")
-    for name, least in ('num_samples', 2), ('batch_size', 1), ('prompt', 0), ('new_tokens', 0), ('suffix', 0), ('ngram', 1):
+    for name, least in ('num_samples', 2), ('batch_size', 1), ('prompt', 0), ('new_tokens', 0), ('suffix', 0), ('ngram', 1), ('threads', 0):
         if globals()[name] < least:
             fail(f"{name} is {globals()[name]}, expected at least {least}")
     if bleu not in ('', 'words', 'char'):
@@ -136,10 +137,10 @@ def main():
     table, texts, begun = [], [], time.time()
     try:
         where, _, _ = models.pick_device(device)
-        critic, state = load(judge, where)
+        critic, state = load(judge, where, ckpt, weights)
         assert critic.bound_name == 'nll', f"the judge {judge} is {state['objective']}, expected ar, whose likelihood is exact; of a run with ar_weight, {judge}:ar"
         corpus, tokenizer, meta = Corpus(state['settings']['dataset']), Tokenizer(state['meta']), state['meta']
-        runs = {folder: load(folder, where) for _, folder, _ in rows}
+        runs = {folder: load(folder, where, ckpt, weights) for _, folder, _ in rows}
         for folder, (model, other) in runs.items():
             assert all(other['meta'].get(k) == meta.get(k) for k in ('tokenizer', 'chars')), f"{folder} and the judge {judge} do not write in the same tokens"
         new = new_tokens or critic.config.block_size - prompt - suffix

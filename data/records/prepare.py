@@ -35,6 +35,10 @@ def read_records(path, fields, max_records=0):
     except (ValueError, RecursionError) as e:
         where = f"line {e.lineno if text.lstrip().startswith('[') else at}" if isinstance(e, json.JSONDecodeError) else "it"
         raise PrepareError(f"{path} is neither a JSON array nor JSON Lines: {where} makes no sense ({getattr(e, 'msg', e)})") from None
+    if len(records) < 2:
+        raise PrepareError(f"{path} has {len(records)} records, expected at least 2: one for train and one for val")
+    if max_records == 1:
+        raise PrepareError("max_records is 1, expected at least 2: one for train and one for val")
     records = records[:max_records or None]
     for i, record in enumerate(records, 1):
         if not isinstance(record, dict):
@@ -45,8 +49,6 @@ def read_records(path, fields, max_records=0):
                 raise PrepareError(f"{named} has no field {field!r}, only {', '.join(map(repr, record)) or 'none at all'}{nearest(field, record)}")
             if not isinstance(record[field], str) or not record[field].strip():
                 raise PrepareError(f"{named}: the field {field!r} is {json.dumps(record[field])[:40]}, expected text")
-    if len(records) < 2:
-        raise PrepareError(f"{path} has {len(records)} records, expected at least 2: one for train and one for val")
     return records
 
 def corpus(fields, input, max_records=0, val_fraction=0.1):
