@@ -2,7 +2,7 @@
 Train any objective on any prepared dataset, on one device or, under torchrun, on many:
 $ python train.py config/train_shakespeare_char.py --objective=ar
 $ python train.py --out_dir=out-shakespeare-char --init_from=resume
-$ torchrun --standalone --nproc_per_node=4 train.py config/train_shakespeare_char.py
+$ torchrun --standalone --nproc_per_node=4 train.py config/train_shakespeare_char.py --gradient_accumulation_steps=4
 Everything a run is lands in out_dir: settings.json, log.csv, ckpt_latest.pt, ckpt_best.pt, results.json.
 Ctrl-C (or SIGTERM) finishes the iteration, saves and leaves.
 """
@@ -155,9 +155,9 @@ if resume: # the run's own settings, then what this command line says
     try:
         with open(inside('settings.json')) as f:
             saved = json.load(f)
-    except (OSError, ValueError) as e:
-        fail(f"there is no run to resume in {out_dir}: {inside('settings.json')} cannot be read ({e})")
-    own = saved['init_from']
+        own = saved['init_from']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"there is no run to resume in {out_dir}: {inside('settings.json')} cannot be read ({type(e).__name__}: {e})")
     saved |= {k: config[k] for k in ('out_dir', 'init_from', 'ckpt', 'eval_only')} # of this command, not of the run
     config = configure({k: saved.get(k, v) for k, v in config.items()})
     if ckpt == 'latest' and not eval_only and not os.path.exists(inside('ckpt_latest.pt')): # killed before its first checkpoint
@@ -186,10 +186,19 @@ peak_flops = next((flops for name, flops in {'H100': 989e12, 'H200': 989e12, 'A1
                                              '4090': 165e12, '3090': 71e12, 'V100': 125e12, 'T4': 65e12}.items()
                    if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
 
+def to_device(batch):
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+
 # ---- data and model
 
 micro_steps = gradient_accumulation_steps // world
 try:
+    for name in ('batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head', 'n_embd', 'max_iters',
+                 'eval_iters', 'log_interval', 'eval_interval', 'bound_samples'):
+        assert config[name] >= 1, f"{name} is {config[name]}, expected at least 1"
+    for name, below in ('dropout', 1), ('block_size', math.inf), ('seed', math.inf):
+        assert 0 <= config[name] < below, f"{name} is {config[name]}, expected 0 or more{' and below 1' if below == 1 else ''}"
+    assert 0 <= curriculum <= 1, f"curriculum is {curriculum}, expected a share of the iterations, 0 to 1"
     if master:
         ensure(dataset)
     if world > 1:
@@ -202,10 +211,6 @@ try:
     assert gradient_accumulation_steps % world == 0, \
         f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes"
     assert attn_backend != 'flex' or device.type == 'cuda', f"attn_backend=flex trains on cuda only: FlexAttention has no backward pass on {device}"
-    for name in 'batch_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval', 'eval_interval', 'bound_samples':
-        assert config[name] >= 1, f"{name} is {config[name]}, expected at least 1"
-    assert 0 <= curriculum <= 1, f"curriculum is {curriculum}, expected a share of the iterations, 0 to 1"
-    assert seed >= 0, f"seed is {seed}, expected 0 or more"
     torch.manual_seed(seed)
     kind, weights = objectives[objective], None
     if init_from not in ('scratch', 'resume') and not resume: # weights bring their architecture along
@@ -218,8 +223,7 @@ try:
             assert corpus.meta.get(k) == v, f"the weights of {init_from} read other tokens than {dataset} has: {k} is {v!r} there, {corpus.meta.get(k)!r} here"
     known = config | corpus.meta
     shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
-    default = 'hierarchical' if 'segments' in corpus.meta and 'hierarchical' in kind.attentions else kind.attentions[0]
-    shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or default)
+    shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or kind.usual_attention(shape['segments']))
     shape['diffusion_block_size'] = diffusion_block_size or None
     raw_model = kind(models.GPTConfig(**shape)).to(device)
     if 'segments' in corpus.meta:
@@ -231,8 +235,11 @@ try:
             raw_model.load_pretrained(weights)
         except RuntimeError as e: # torch's, of shapes and names
             fail(f"the weights of {init_from} do not fit this model: {' '.join(str(e).split())[:300]}")
-    for split in 'train', 'val': # what is wrong with a row is better said now than at the first evaluation
-        next(corpus.windows(split, 1, raw_model.row_length))
+    next(corpus.windows('val', 1, raw_model.row_length)) # what is wrong with a row is better said now than at the first evaluation,
+    raw_model.eval()
+    with torch.no_grad(), amp: # and with a batch before there is a run folder
+        raw_model(**to_device(corpus.batch('train', batch_size, raw_model.row_length, np.random.default_rng(seed))))
+    raw_model.train()
     optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 except (PrepareError, AssertionError, OSError, ValueError) as e:
     fail(e)
@@ -252,19 +259,18 @@ if resume:
         state = models.read_checkpoint(path)
     except (OSError, ValueError) as e:
         fail(e)
-    free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight', 'df_clean_share') # of training, not of the weights
+    free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight', 'df_clean_share', # of training and, the others,
+            'df_sampling_timesteps', 'df_sampler', 'df_ddim_eta', 'df_scheduling_matrix', 'df_uncertainty_scale', 'df_chunk_size') # of writing, not of the weights
     differ = [k for k, v in asdict(raw_model.config).items() if k not in free and state['config'].get(k) != v]
+    differ += [k for k in ('tokenizer', 'chars') if state['meta'].get(k) != corpus.meta.get(k)] # the same ids, other letters
     if differ or state['objective'] != objective:
         fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
              f"resume with the run's own settings, or start anew in another --out_dir")
     if len(optimizers) != len(state['optimizers']):
         fail(f"{path} was trained with another optimizer than {optimizer}: leave --optimizer as it was, or start anew with --init_from={path}")
     raw_model.load_state_dict(state['model'])
-    for opt, saved in zip(optimizers, state['optimizers']): # its moments; rates and decay are this command line's
-        asked = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
-        opt.load_state_dict(saved)
-        for group, own in zip(opt.param_groups, asked):
-            group.update(own)
+    for opt, moments in zip(optimizers, state['optimizers']): # rates and decay are this command line's
+        opt.load_state_dict({'state': moments['state'], 'param_groups': opt.state_dict()['param_groups']})
     scaler.load_state_dict(state['scaler'])
     iteration, best = state['iteration'], state['best']
     if iteration > max_iters and not eval_only:
@@ -288,9 +294,6 @@ if compiles and not eval_only:
 # ranks seed and evaluate by themselves, so there is nothing to broadcast
 network = DDP(raw_model, device_ids=[local_rank] if device.type == 'cuda' else None, broadcast_buffers=False) if world > 1 else raw_model
 
-def to_device(batch):
-    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
-
 def reseed(*where):
     """ everything random after this depends on where alone, so resume and any split over processes repeat the run """
     torch.manual_seed(int(np.random.SeedSequence((seed, *where)).generate_state(1)[0]))
@@ -313,11 +316,12 @@ def evaluating(weights):
             raw_model.load_state_dict(raw)
         raw_model.train()
 
-kinds_of_weights = ['raw'] + ['ema'] * (ema > 0)
-
 def readings():
-    """ the model, and whatever else its weights can be read as: [(suffix of its columns, model)] """
-    return [('', raw_model)] + [(f'_as_{name}', view) for name, view in raw_model.views().items()]
+    """ raw and averaged weights, and whatever else they can be read as: ('raw' or 'ema', '' or '_as_NAME', model) """
+    for weights in ['raw'] + ['ema'] * (ema > 0):
+        with evaluating(weights):
+            for name, model in ({'': raw_model} | raw_model.views()).items():
+                yield weights, f'_as_{name}' if name else '', model
 
 def random_windows(model, split):
     """ nanoGPT's protocol: the mean over eval_iters batches of random windows, the same ones at every call """
@@ -339,33 +343,37 @@ def every_window(model):
 def evaluate():
     """ {'train_nll': ..., 'val_nll': ..., 'val_nll_ema': ...} and the objective's own metrics """
     row = {}
-    for weights in kinds_of_weights:
-        with evaluating(weights):
-            for suffix, model in readings():
-                suffix += '_ema' * (weights == 'ema')
-                row |= {f'{split}_{model.measured}{suffix}': random_windows(model, split) for split in ('train', 'val')}
-                if weights == 'raw' and model is raw_model:
-                    row |= model.metrics(**to_device(corpus.batch('val', batch_size, model.row_length, reseed(2 ** 31 + 2))))
+    for weights, view, model in readings():
+        row |= {f"{split}_{model.measured}{view}{'_ema' * (weights == 'ema')}": random_windows(model, split) for split in ('train', 'val')}
+        if weights == 'raw' and model is raw_model:
+            row |= model.metrics(**to_device(corpus.batch('val', batch_size, model.row_length, reseed(2 ** 31 + 2))))
     return row
 
 def write_results():
     results = {'objective': objective, 'dataset': dataset, 'iteration': iteration, 'parameters': raw_model.n_params(),
                'train_tokens_seen': iteration * tokens_per_iter, 'device': str(device), 'dtype': dtype, 'weights': {}}
-    for weights in kinds_of_weights:
-        with evaluating(weights):
-            for suffix, model in readings():
-                board, windows = models.score(model, every_window(model), bound_samples), random_windows(model, 'val')
-                board['protocol'] = f"non-overlapping windows of {model.row_length} tokens of val, {corpus.n_windows('val', model.row_length):,} in all"
-                results['weights'][weights + suffix] = {'scoreboard': board, 'random_windows': windows}
-                say(f"{weights} weights{suffix.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {board['sign']} "
-                    f"{board['nats_per_token']:.4f} {board['unit']} (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
-                    f"+- {board['stderr_windows']:.4f} windows){', perplexity %.5g' % board['perplexity'] if board['perplexity'] else ''}; "
-                    f"by nanoGPT's random windows {windows:.4f}")
+    for weights, view, model in readings():
+        board, windows = models.score(model, every_window(model), bound_samples), random_windows(model, 'val')
+        board['protocol'] = f"non-overlapping windows of {model.row_length} tokens of val, {corpus.n_windows('val', model.row_length):,} in all"
+        results['weights'][weights + view] = {'scoreboard': board, 'random_windows': windows}
+        say(f"{weights} weights{view.replace('_', ' ')}, {board['windows']:,} {board['protocol']}:\n  {board['name']} {board['sign']} "
+            f"{board['nats_per_token']:.4f} {board['unit']} (+- {board['stderr_monte_carlo']:.4f} Monte Carlo, "
+            f"+- {board['stderr_windows']:.4f} windows){', perplexity %.5g' % board['perplexity'] if board['perplexity'] else ''}; "
+            f"by nanoGPT's random windows {windows:.4f}")
     write_json('results.json', results)
+
+def finish():
+    """ the last words of a run; who cannot wait for them loses nothing else """
+    try:
+        say("now the scoreboard; Ctrl-C leaves it out")
+        write_results()
+    except KeyboardInterrupt:
+        say(f"asked to stop: {inside('results.json')} is as it was; python train.py --out_dir={out_dir} --eval_only=True writes it")
+        sys.exit(130)
 
 if eval_only:
     if master:
-        write_results()
+        finish()
     if world > 1:
         dist.destroy_process_group()
     sys.exit()
@@ -403,9 +411,9 @@ def log(row):
             with open(inside('log.csv'), 'ab') as f:
                 f.write(text)
         except OSError as e:
-            fail(f"cannot write {inside('log.csv')}: {e.strerror}; {saved()}")
+            fail(f"cannot write {inside('log.csv')}: {e.strerror}; {how_to_go_on()}")
 
-def saved():
+def how_to_go_on():
     """ what a run that ends early says """
     return f"go on from the last checkpoint with --out_dir={out_dir} --init_from=resume" if os.path.exists(inside('ckpt_latest.pt')) else "nothing was saved yet"
 
@@ -413,7 +421,7 @@ def save(is_best):
     state = {'format': 1, 'objective': objective, 'config': asdict(raw_model.config), 'model': raw_model.state_dict(),
              'ema': ema_weights, 'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': scaler.state_dict(),
              'iteration': iteration, 'best': float(best), 'settings': config, 'meta': corpus.meta}
-    for name in ['latest'] + ['best'] * is_best + [f'{iteration:06d}'] * (not cleanup_checkpoints):
+    for name in ['best'] * is_best + [f'{iteration:06d}'] * (not cleanup_checkpoints) + ['latest']: # the one that knows of the others last
         write_atomically(inside(f'ckpt_{name}.pt'), lambda f: torch.save(state, f))
 
 if wandb_log and master:
@@ -487,7 +495,7 @@ def train():
         saves = leave or iteration % ckpt_interval == 0 or iteration == max_iters
         if (logs or evaluates or saves) and not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
             fail(f"the run diverged: loss {loss.item():.4g}, gradient norm {norm.item():.4g} at iteration {iteration}; lower learning_rate "
-                 f"and muon_learning_rate, or lengthen warmup_iters; {saved()}")
+                 f"and muon_learning_rate, or lengthen warmup_iters; {how_to_go_on()}")
         row = {'iteration': iteration, 'epoch': iteration * epochs_per_iter, 'tokens': iteration * tokens_per_iter}
         if logs and master:
             speed = (iteration - since) * tokens_per_iter / (time.time() - clock)
@@ -523,14 +531,16 @@ for s in (signal.SIGINT, signal.SIGTERM):
     signal.signal(s, ask_to_stop)
 try:
     finished = train()
-except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+except (MemoryError, RuntimeError) as e:
     if world > 1 and (isinstance(e, dist.DistError) or 'Connection' in str(e)):
-        sys.exit(f"error: process {rank} lost another process of the run; {saved()}")
-    if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+        sys.exit(f"error: process {rank} lost another process of the run; {how_to_go_on()}")
+    if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
         raise
-    fail(f"out of memory on {device} at batch_size={batch_size}, block_size={block_size}: lower batch_size and raise "
-         f"gradient_accumulation_steps by the same factor, or set grad_checkpointing=True")
+    configurator.fail(f"out of memory on {device} at batch_size={batch_size}, block_size={block_size}: lower batch_size and raise " # whichever rank it is
+                      f"gradient_accumulation_steps by the same factor, or set grad_checkpointing=True; {how_to_go_on()}")
 if world > 1:
     dist.destroy_process_group()
-if finished and scoreboard_windows != 0 and master:
-    write_results()
+for s in (signal.SIGINT, signal.SIGTERM): # from here on there is nothing to save
+    signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+if finished and not stop_asked and scoreboard_windows != 0 and master:
+    finish()

@@ -86,6 +86,17 @@ def test_a_run_leaves_what_it_was(trained):
     assert abs(nats / (16 * corpus.n_windows('val', 16)) - board['nats_per_token']) < 1e-5
     assert not torch.equal(model.lm_head.weight, models.load_checkpoint(out / 'ckpt_latest.pt', weights='raw')[0].lm_head.weight)
     assert 'tok/s' in text and 'eta' in text and 'nll =' in text
+    assert os.stat(out / 'ckpt_best.pt').st_mtime_ns < os.stat(out / 'ckpt_latest.pt').st_mtime_ns # the one that knows of the others comes last
+
+def test_an_impatient_reader_leaves_out_the_scoreboard(corpus, tmp_path):
+    """ Ctrl-C after the last iteration: what was trained is saved, what is missing can be made up for """
+    args = [*TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}', '--objective=mdlm']
+    part = subprocess.Popen([sys.executable, 'train.py', *args, '--bound_samples=100000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    seen = [part.send_signal(signal.SIGINT) or line if line.startswith('now the scoreboard') else line for line in part.stdout]
+    assert part.wait() == 130 and '--eval_only=True writes it' in seen[-1] and not any('Traceback' in line for line in seen)
+    assert models.read_checkpoint(tmp_path / 'ckpt_latest.pt')['iteration'] == 6 and not (tmp_path / 'results.json').exists()
+    assert 'nelbo <=' in run('train.py --eval_only=True --bound_samples=2', f'--out_dir={tmp_path}') and (tmp_path / 'results.json').exists()
 
 def test_same_seed_same_loss_and_another_seed_another(trained, corpus, tmp_path):
     run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/a', '--ema=0.9', '--scoreboard_windows=0')
@@ -176,7 +187,8 @@ def test_sampling(trained):
     assert 'lazy' in run(f'sample.py --start=FILE:{out}/prompt.txt --stop=. --num_samples=1', f'--out_dir={out}')
     assert "unknown character 'é'" in run('sample.py --start=café', f'--out_dir={out}', code=2)
     assert 'expected text of exactly one' in run('sample.py --stop=dog', f'--out_dir={out}', code=2)
-    assert 'there is no checkpoint' in run(f'sample.py --out_dir={out}/nowhere', code=2)
+    assert 'train a model first' in run(f'sample.py --out_dir={out}/nowhere', code=2)
+    assert "its folder has ckpt_best.pt, ckpt_latest.pt" in run(f'sample.py --ckpt={out}/ckpt_000003.pt', code=2)
     assert 'max_new_tokens is -3, expected at least 1' in run('sample.py --max_new_tokens=-3', f'--out_dir={out}', code=2)
 
 @pytest.mark.parametrize('objective', ['mdlm', 'bd3lm'])
@@ -235,8 +247,15 @@ def test_diffusion_forcing_trains_and_writes(corpus, trained, tmp_path):
         text = run(f'sample.py --start=The --max_new_tokens=12 --num_samples=2 --top_k=3 {options}', f'--out_dir={out}')
         assert text.count('The') >= 2 and 'network evaluations' in text
     assert 'df has no use for --order: it takes max_new_tokens' in run('sample.py --order=entropy', f'--out_dir={out}', code=2)
+    results = json.loads((trained[0] / 'results.json').read_text())
+    os.makedirs(tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere' / 'results.json').write_text(json.dumps(results | {'dataset': 'another'}))
     table = run('-m tools.compare', out, trained[0])
-    assert 'df, raw as full sequence' in table and 'nelbo <=' in table and 'nll =' in table
+    assert 'df, raw as full sequence' in table and 'nelbo <=' in table and 'nll =' in table and 'not scored on the same' not in table
+    assert 'not scored on the same' in run('-m tools.compare', tmp_path / 'elsewhere', trained[0])
+    run('train.py --eval_only=True --df_sampling_timesteps=2', f'--out_dir={out}') # other paths of the same weights
+    again = json.loads((out / 'results.json').read_text())['weights']
+    assert again['raw_as_ar'] == readings['raw_as_ar'] and again['raw_as_pyramid'] != readings['raw_as_pyramid']
 
 def test_bench(tmp_path):
     """ every objective and nanoGPT's network take turns; what is not measured is left out """
@@ -305,10 +324,12 @@ def test_several_processes(corpus, tmp_path, processes, more):
     ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
     ('--objective=df --df_stabilization_level=0', 'pure noise'), ('--objective=df --df_chunk_size=abc', 'df_chunk_size is abc'),
     ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
-    ('--attn_backend=flex', 'trains on cuda only'),
+    ('--attn_backend=flex', 'trains on cuda only'), ('--dropout=20', 'dropout is 20.0, expected 0 or more and below 1'), ('--n_head=0', 'n_head is 0'),
+    ('--block_size=-4', 'block_size is -4'), ('--max_iters=-1', 'max_iters is -1'), ('--objective=mdlm --ar_weight=1 --batch_size=1', 'batch_size of at least 2'),
+    ('--objective=denoise', 'nothing is hidden'),
 ])
-def test_wrong_settings_start_nothing(corpus, tmp_path, args, sentence):
-    text = run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/run', *args.split(), code=2)
+def test_wrong_settings_start_nothing(corpus, tmp_path, here, args, sentence):
+    text = here('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/run', *args.split(), code=2)
     assert sentence in text and text.count('\n') == 1 and not (tmp_path / 'run').exists()
 
 def test_a_run_is_not_overwritten_and_a_foreign_checkpoint_not_resumed(trained, corpus, tmp_path):
@@ -323,6 +344,9 @@ def test_a_run_is_not_overwritten_and_a_foreign_checkpoint_not_resumed(trained, 
     for name, sentence in [('half', 'truncated'), ('foreign', "has no 'format'"), ('newer', 'format 99'), ('unsafe', 'no checkpoint that can be read')]:
         assert sentence in run(f'train.py --init_from=resume --ckpt={tmp_path}/{name}.pt', f'--out_dir={out}', code=2)
         assert sentence in run(f'sample.py --ckpt={tmp_path}/{name}.pt', code=2)
+    (tmp_path / 'swapped.txt').write_text('The quick brown fox jumps over the lazy dog, and so on.\n'.swapcase() * 60) # as many characters
+    prepare.prepare('text', str(tmp_path / 'other'), 'char', input=str(tmp_path / 'swapped.txt'))
+    assert 'it differs in chars' in run(f'train.py --init_from=resume --dataset={tmp_path}/other', f'--out_dir={out}', code=2)
     assert (out / 'log.csv').read_bytes() == before
     (tmp_path / 'file').write_text('')
     assert 'cannot create the run folder' in run('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/file/run', code=2)
