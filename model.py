@@ -893,7 +893,7 @@ class Denoiser(GPT):
         # corrupt: the provider did
         if targets is None:
             return self.logits(self.one_stream(idx, block_ids)), None
-        assert not torch.equal(idx, targets), "nothing is hidden: denoise fills in what a provider of the dataset corrupted, and these rows are as they were"
+        assert not torch.equal(idx, targets), "nothing is hidden: denoise fills in what a subclass, in provider.py of a dataset, corrupted, and these rows are as they were"
         # attend
         rows = (targets.flatten() != -1).nonzero()[:, 0]
         x = self.one_stream(idx, block_ids, rows)

@@ -68,7 +68,7 @@ single_ratio_per_sequence = True # False: a noise level per token, no bound
 clean_causal = False # bd3lm: the clean stream is a GPT, so one run answers as bd3lm and as ar
 ar_weight = 0.0 # weight of a next-token loss: bd3lm's on the clean_causal stream, mdlm's on half of the rows
 df_timesteps = 32 # noise levels of training
-df_sampling_timesteps = 32 # levels that sampling visits
+df_sampling_timesteps = 4 # noise levels that a token passes when it is written
 df_sampler = 'auto' # mixture | ddpm | ddim. auto: mixture for pred_token, else ddpm, or ddim where sampling leaves levels out
 df_objective = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
 df_embed_norm = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
@@ -80,7 +80,7 @@ df_cum_snr_decay = 0.95 # of the average over earlier tokens in fused weights, p
 df_clip_noise = 5.0 # noise is clamped to +- this
 df_ddim_eta = 0.0 # share of fresh noise in a DDIM step: 0 none, 1 as much as DDPM
 df_stabilization_level = 1 # finished tokens are read as if at this level, 1 the least noisy
-df_scheduling_matrix = 'pyramid' # pyramid | full_sequence | autoregressive | trapezoid: how the tokens of a chunk become clean
+df_scheduling_matrix = 'autoregressive' # pyramid | full_sequence | autoregressive | trapezoid: how the tokens of a chunk become clean. An ar run's nll of the text: 1.67 nats/char, of pyramids of 2 | 4 | 32 levels 1.95 | 2.51 | 4.20
 df_uncertainty_scale = 1.0 # steps a token begins later than the one before it; 0: all at once
 df_chunk_size = None # tokens denoised together; 0: all that are asked for. None: half of the context
 df_x0_wpe = False # add positions to the embeddings that get noisy, instead of in the network; needs pos='learned'
