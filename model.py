@@ -109,16 +109,13 @@ def attend(q, k, v, mask, dropout_p=0.0):
     run of clean rows at the latter only; clean runs without queries are left out.
     """
     if isinstance(mask, tuple):
-        noisy, clean = mask
-        runs = [n for n, _, _ in noisy]
-        T = sum(runs)
+        noisy, clean = ([[n for n, _, _ in runs], runs] for runs in mask)
+        T = sum(noisy[0])
         (qn, qc), (kn, kc), (vn, vc) = (x.split((T, x.size(2) - T), dim=2) for x in (q, k, v))
-        keys = [(own, kc[:, :, :past], v_own, vc[:, :, :past]) for own, v_own, (_, past, _) in zip(kn.split(runs, 2), vn.split(runs, 2), noisy)]
-        y = [attend(q, torch.cat((k1, k2), 2), torch.cat((v1, v2), 2), part[2], dropout_p)
-             for q, (k1, k2, v1, v2), part in zip(qn.split(runs, 2), keys, noisy)]
+        y = [attend(q, torch.cat((k, kc[:, :, :past]), 2), torch.cat((v, vc[:, :, :past]), 2), part, dropout_p)
+             for q, k, v, (_, past, part) in zip(*(x.split(noisy[0], 2) for x in (qn, kn, vn)), noisy[1])]
         if qc.size(2):
-            y += [attend(q, kc[:, :, :past], vc[:, :, :past], part, dropout_p)
-                  for q, (_, past, part) in zip(qc.split([n for n, _, _ in clean], 2), clean)]
+            y += [attend(q, kc[:, :, :past], vc[:, :, :past], part, dropout_p) for q, (_, past, part) in zip(qc.split(clean[0], 2), clean[1])]
         return torch.cat(y, dim=2)
     if isinstance(mask, str):
         # no matrix: the kernels skip what is_causal rules out
@@ -127,7 +124,6 @@ def attend(q, k, v, mask, dropout_p=0.0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     from torch.nn.attention.flex_attention import flex_attention
     assert q.is_cuda or not q.requires_grad, "FlexAttention has no backward pass on this device: use attn_backend=sdpa"
-    assert dropout_p == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa"
     flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled(flex_attention)
     return flex(q, k, v, block_mask=mask)
 
@@ -196,26 +192,26 @@ class GPTConfig:
     single_ratio_per_sequence: bool = True # False: a noise level per token; then the loss is no bound
     clean_causal: bool = False # bd3lm: clean tokens see no later ones of their block, so the clean stream is a GPT
     ar_weight: float = 0.0 # weight of a next-token loss: bd3lm's on the clean stream, mdlm's on half of the rows
-    attn_backend: str = 'auto' # auto | sdpa | flex. auto: flex on cuda where there is a mask to skip, else sdpa
+    attn_backend: str = 'auto' # auto | sdpa | flex. auto: flex on cuda where there is a mask to skip and no dropout, else sdpa
     grad_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, ~1/3 more time
     df_timesteps: int = 32 # noise levels of training
     df_sampling_timesteps: int = 32 # levels that sampling visits
     df_objective: str = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
     df_embed_norm: float = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
-    df_clean_share: float = 0.5 # pred_token: share of the training rows in which all that a token sees is clean, as in ar
+    df_clean_share: float = 0.5 # pred_token, causal attention: share of the training rows in which all that a token sees is clean, as in ar
     df_sampler: str = 'auto' # mixture | ddpm | ddim. auto: mixture for pred_token, else ddpm, or ddim where sampling leaves levels out
     df_beta_schedule: str = 'cosine' # linear | cosine | sigmoid
     df_loss_weight: str = 'fused' # fused | min_snr | uniform: see df_loss_weight
     df_snr_clip: float = 5.0 # signal-to-noise ratios above it weigh no more
     df_cum_snr_decay: float = 0.95 # of the average over earlier tokens in fused weights, per token
-    df_clip_noise: float = 5.0 # noise is clamped to +- this
+    df_clip_noise: float = 5.0 # of squared errors: noise is clamped to +- this
     df_ddim_eta: float = 0.0 # share of fresh noise in a DDIM step: 0 none, 1 as much as DDPM
     df_stabilization_level: int = 1 # finished tokens are read as if at this level, 1 the least noisy; 0 is refused
     df_scheduling_matrix: str = 'pyramid' # pyramid | full_sequence | autoregressive | trapezoid: see scheduling_matrix
     df_uncertainty_scale: float = 1.0 # steps a token begins later than the one before it; 0: all at once
     df_chunk_size: int = None # tokens denoised together; 0: all that are asked for. None: half of the context
     df_x0_wpe: bool = False # add positions to the embeddings that get noisy, instead of in the network; needs pos='learned'
-    df_level_embed: str = 'add' # add | concat (and an MLP): how the network reads noise levels
+    df_level_embed: str = 'add' # of squared errors: add | concat (and an MLP): how the network reads noise levels
 
     def __post_init__(self):
         for name, options in CHOICES.items():
@@ -298,13 +294,10 @@ class Block(nn.Module):
         B, T, C = x.shape
         # attention
         qkv = c_attn(ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head)
-        if qk_norm is not None or rope is not None:
-            qk, v = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2) # queries and keys take the same steps, so take them together
-            qk = qk_norm(qk) if qk_norm is not None else qk
-            qk = rotate(qk, *rope) if rope is not None else qk
-            q, k = qk.permute(2, 0, 3, 1, 4).unbind()
-        else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind() # (B, H, T, D)
+        qk, v = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2) # queries and keys take the same steps, so take them together
+        qk = qk if qk_norm is None else qk_norm(qk)
+        qk = qk if rope is None else rotate(qk, *rope)
+        q, k = qk.permute(2, 0, 3, 1, 4).unbind() # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v) # (B, H, length + T, D)
         if rows is not None:
@@ -593,7 +586,7 @@ class GPT(nn.Module):
     def load_pretrained(self, weights):
         """
         As load_state_dict, but the tables of ids and of positions may have other numbers of rows: those that both have are taken. Objectives
-        share the names of their parameters, so the weights may come from any of them.
+        share the names of their parameters, so the weights may come from any of them but df, which has another head.
         """
         own, weights = self.state_dict(), dict(weights)
         for name, needed, what in (('transformer.wte.weight', self.config.text_size, 'ids, the text has'), ('lm_head.weight', 0, ''),
@@ -625,10 +618,11 @@ class GPT(nn.Module):
 
     def embed(self, idx, pos):
         """ idx (B, N), pos (N,) -> x (B, N, C) """
-        x = self.transformer.wte(idx)
-        if self.config.pos == 'learned':
-            x = x + self.transformer.wpe(pos)
-        return drop(x, self)
+        return self.enter(self.transformer.wte(idx), pos)
+
+    def enter(self, x, pos):
+        """ x (B, N, C) with what is added to it before the first layer """
+        return drop(x + self.transformer.wpe(pos) if self.config.pos == 'learned' else x, self)
 
     def rotations(self, pos, dtype):
         """ cos and signed sin at positions pos (N,), (2, N, 2, H, D): written out, because broadcasting costs more than reading """
@@ -717,8 +711,7 @@ class GPT(nn.Module):
         assert first + begin.size(1) > 0, "without a begin id a prompt needs at least one token"
         assert ((idx != -1).cumprod(1).sum(1) == given).all(), "a prompt has a gap (-1 before a given token): ar only writes on"
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
-        ended, stops = torch.zeros(B, dtype=torch.bool, device=idx.device), torch.zeros(B, dtype=torch.long, device=idx.device)
-        cache = None
+        cache, stops, enough = None, torch.zeros_like(given), max(1, len(self.config.lengths) - 1) # stops that end a row
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
             for n in range(first, out.size(1)): # the shortest prompt decides where writing starts
                 if cache is None or cache.length == cache.size:
@@ -733,14 +726,13 @@ class GPT(nn.Module):
                 probs = token_probs(self.logits(x[:, -1]), temperature, top_k, top_p) # (B, V)
                 token = draw(probs)
                 if stop is not None:
-                    token = token.masked_fill(ended, stop)
+                    token = token.masked_fill(stops >= enough, stop)
                 out[:, n] = token if n >= T else torch.where(out[:, n] == -1, token, out[:, n]) # a longer prompt keeps its own
                 if stop is not None:
                     stops += (out[:, n] == stop) & (n >= given)
-                    ended = stops >= max(1, len(self.config.lengths) - 1)
                 if on_step is not None:
                     on_step(n - first + 1, out[:, :n + 1], probs, {'nfe': n - first + 1, 'done': n + 1, 'total': out.size(1)})
-                if stop is not None and ended.all():
+                if stop is not None and (stops >= enough).all():
                     out[:, n + 1:] = stop
                     break
         return out
@@ -791,6 +783,9 @@ class Denoiser(GPT):
         c, name = config, type(self).__name__
         assert c.mask_id is not None, f"{name} needs mask_id, the id that a hidden token reads as"
         assert 0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]"
+        assert c.attn_backend != 'flex' or c.dropout == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa"
+        assert c.ar_weight >= 0, f"ar_weight is {c.ar_weight}, expected 0 (off) or more"
+        assert c.ar_weight == 0 or self.bound_name, f"{name} has no next-token loss: leave ar_weight out"
         assert self.two_streams or not c.clean_causal, f"clean_causal is about the clean stream of bd3lm, and {name} has none: leave it out"
         assert c.clean_causal or c.ar_weight == 0 or not self.two_streams, \
             "ar_weight needs clean_causal=True: else a clean token sees the next one"
@@ -824,7 +819,7 @@ class Denoiser(GPT):
         return (flex_mask if self.flex(block.device) else dense_mask)(block, noisy, self.config.clean_causal, rows, cols, self.question)
 
     def flex(self, device):
-        return self.config.attn_backend == 'flex' or self.config.attn_backend == 'auto' and device.type == 'cuda'
+        return self.config.attn_backend == 'flex' or self.config.attn_backend == 'auto' and device.type == 'cuda' and self.config.dropout == 0
 
     def kept(self, key, make):
         """ masks of whole batches are built once per length and device """
@@ -847,7 +842,7 @@ class Denoiser(GPT):
     def two_stream(self, xt, x0, block_ids=None, clean_too=False, only=None):
         """
         Every block of xt (B, T) sees itself and the clean blocks before it -> (B, T, C), one pass for all blocks; only as in one_stream.
-        clean_too: the states of the clean rows follow, those of begin, x0[:, :-1].
+        clean_too: the states of the clean rows follow, those of begin, x0[:, :-1]. block_ids of a hierarchy are the config's, but for pads.
         """
         T, lead = xt.size(1), self.lead
         assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
@@ -961,7 +956,7 @@ class Denoiser(GPT):
         stop: a token id; a row that wrote it is filled up with it; of a hierarchy, that segment of the row, of which later ones see the block where it
         stopped and no more. block_ids (B, all columns): of a hierarchy, with the largest id for pads behind the question. on_step(step, idx, probs, state): after every call, with what stands
         (-1 elsewhere), the distributions (R, V) of the tokens just revealed and {'nfe': network evaluations, 'done': leading columns
-        settled for good in every row, 'total': columns}. When the text outgrows the context, see plan.
+        settled in every row, for good but for what follows a stop, 'total': columns}. When the text outgrows the context, see plan.
         """
         check_sampler(sampler, steps=steps, order=order, schedule=schedule, remask=remask, confidence_threshold=confidence_threshold, entropy_budget=entropy_budget)
         assert 0 <= remask < 1, f"remask is {remask}, expected a share in [0, 1)"
@@ -1052,7 +1047,7 @@ class MDLM(Denoiser):
     def loss_name(self):
         """ the loss is the bound, in expectation, unless levels are drawn otherwise or another loss is added """
         c = self.config
-        return 'nelbo' if (c.t_min, c.t_max, c.t_dist, c.single_ratio_per_sequence, c.ar_weight) == (0, 1, 'uniform', True, 0) else 'ce'
+        return 'nelbo' if (c.t_min, c.t_max, c.t_dist, c.single_ratio_per_sequence, c.ar_weight) == (0, 1, 'uniform', True, 0) and self.two_streams == self.blockwise else 'ce'
 
     def groups(self, idx, block_ids=None):
         """ (B, T) int, which tokens share a noise level; and how many groups there may be """
@@ -1170,18 +1165,17 @@ class MDLM(Denoiser):
         another model than nll_bound's, so it may lie on either side of it. Costs as many passes as a block has tokens.
         """
         assert order in ORDERS, f"order is {order!r}, expected one of {', '.join(ORDERS)}"
-        groups, G = self.groups(idx, block_ids)
+        (groups, G), at = self.groups(idx, block_ids), torch.arange(idx.size(1), device=idx.device).expand_as(idx)
         scored = hidden = self.scored(targets, groups)
-        nats = 0
+        nats = torch.zeros(len(idx), device=idx.device)
         while hidden.any():
             x = self.denoise(idx.masked_fill(hidden, self.config.mask_id), idx, block_ids)
             log_p = self.logits(x).log_softmax(-1)
             key = ORDERS[order](log_p.exp()).masked_fill(~hidden, -math.inf) # (B, T)
             best = key.new_full((len(idx), G), -math.inf).scatter_reduce(1, groups, key, 'amax')
             tied = hidden & (key == best.gather(1, groups))
-            nth = tied.long().cumsum(1)
-            before = torch.zeros(len(idx), G, dtype=torch.long, device=idx.device).scatter_add(1, groups, tied.long()).cumsum(1)
-            reveal = tied & (nth - F.pad(before, (1, 0))[:, :-1].gather(1, groups) == 1) # the first of its group
+            first = at.new_full(best.shape, at.size(1)).scatter_reduce(1, groups, at.masked_fill(~tied, at.size(1)), 'amin')
+            reveal = tied & (at == first.gather(1, groups))
             nats = nats - log_p.gather(2, idx[..., None])[..., 0].masked_fill(~reveal, 0).sum(1)
             hidden = hidden & ~reveal
         return nats, scored.sum(1)
@@ -1222,8 +1216,11 @@ class BD3LM(MDLM):
         return logits, loss
 
     def flops_per_token(self):
-        """ two streams, less the last layer of the clean one where nobody needs it """
-        return super().flops_per_token() * (2 - (self.config.ar_weight == 0) / self.config.n_layer)
+        """ two streams, less what nobody needs of the clean one: its head and its last layer, and all of it where one block spans the row """
+        one, head, dual = super().flops_per_token(), 6 * self.lm_head.weight.numel(), self.config.ar_weight > 0
+        if self.id_list[-1] == 0 and not dual and not self.lead:
+            return one
+        return 2 * one - (0 if dual else head + (one - head) / self.config.n_layer)
 
 class Sinusoidal(nn.Module):
     """ noise levels k (...) -> (..., dim): sines, then cosines, of k times frequencies from 1 down to 1/10000 """
@@ -1265,7 +1262,7 @@ class DFGPT(GPT):
     def check(self):
         c, T, S = self.config, self.config.df_timesteps, self.config.df_sampling_timesteps
         for name, fits, expected in [
-            ('n_embd', c.n_embd % 4 == 0 and c.n_embd >= 8, "a multiple of 4 from 8 on: half of it holds sines and cosines of the noise level"),
+            ('n_embd', self.tokens or c.n_embd % 4 == 0 and c.n_embd >= 8, "a multiple of 4 from 8 on: half of it holds sines and cosines of the noise level"),
             ('df_timesteps', T >= 1, "at least 1"),
             ('df_sampling_timesteps', 1 <= S <= T, f"1 to df_timesteps, {T}"),
             ('df_snr_clip', 0 < c.df_snr_clip < math.inf, "a finite number above 0"),
@@ -1346,9 +1343,7 @@ class DFGPT(GPT):
         if self.config.attention == 'causal': # row i reads token i - 1
             begin = wte[self.config.begin_id] if self.config.begin_id is not None else wte.new_zeros(wte.size(1))
             h = torch.cat((begin.expand(len(h), 1, -1), h[:, :-1]), dim=1)
-        if self.config.pos == 'learned':
-            h = h + self.transformer.wpe(pos)
-        return F.linear(self.df_head(self.trunk(drop(h, self), pos, self.config.attention)), self.embeddings(), self.unseen)
+        return F.linear(self.df_head(self.trunk(self.enter(h, pos), pos, self.config.attention)), self.embeddings(), self.unseen)
 
     def df_network(self, x, k, past=None):
         """
@@ -1437,7 +1432,7 @@ class DFGPT(GPT):
 
     def views(self):
         """ bounds along whole paths; what predicts tokens from clean ones is a GPT too, whose head is ours times the embeddings """
-        found = {kind: self.variant(kind, df_scheduling_matrix=kind) for kind in ('autoregressive', 'pyramid', 'full_sequence')}
+        found = {kind: self.variant(kind) for kind in ('autoregressive', 'pyramid', 'full_sequence')}
         if self.tokens and self.config.attention == 'causal' and self.config.begin_id is not None and self.df_head.bias is None:
             with torch.no_grad():
                 found['ar'] = as_ar(self, self.embeddings() @ self.df_head.weight)
@@ -1523,6 +1518,7 @@ class DFGPT(GPT):
     def variant(self, path=None, **settings):
         """ the same weights under other settings of sampling, None: as they are; path: the scheduling matrix that nll_bound follows """
         other = copy.copy(self)
+        settings = {'df_scheduling_matrix': path} | settings
         other.config, other.path = replace(self.config, **{k: v for k, v in settings.items() if v is not None}), path
         other.check()
         return other
@@ -1634,34 +1630,35 @@ class DFGPT(GPT):
         model = self.variant(df_sampling_timesteps=steps, df_sampler=sampler, df_scheduling_matrix=df_scheduling_matrix, df_uncertainty_scale=df_uncertainty_scale)
         assert guidance == 0 or guidance > 0 and self.tokens, f"guidance is {guidance}, expected 0 (off) or, with pred_token, more"
         out, nfe = F.pad(idx, (0, max_new_tokens), value=-1), 0
-        unknown, xs, probs = out == -1, F.embedding(out.clamp(min=0), self.embeddings()), None
+        unknown, xs, probs, token = out == -1, F.embedding(out.clamp(min=0), self.embeddings()), None, None
         def net(x, k):
-            nonlocal nfe, probs
+            nonlocal nfe, probs, token
             nfe += 1 + (guidance > 0)
             if not self.tokens:
                 return self.df_network(x, k)
-            expected, finished = self.df_context(x, k), k < self.config.df_stabilization_level
+            expected, finished = self.df_context(x, k), k == self.config.df_stabilization_level - 1
             if guidance:
                 hidden = torch.where(finished[..., None], self.df_noise(x.shape), x), k.masked_fill(finished, self.config.df_timesteps - 1)
                 expected = expected + guidance * (expected - self.df_context(*hidden)).nan_to_num() # -inf less itself
             log_p = token_probs(expected, temperature, top_k, top_p).log() + self.likelihood(x, k)
             probs = log_p.softmax(-1)
-            drawn = k <= df_real_levels(self.config.df_timesteps, model.config.df_sampling_timesteps)[1] # the last step
-            drawn = torch.ones_like(drawn) if model.sampler == 'mixture' else drawn
-            return torch.where(drawn[..., None], F.one_hot(draw(probs), probs.size(-1)).log(), log_p)
+            token = draw(probs)
+            drawn = (k <= df_real_levels(self.config.df_timesteps, model.config.df_sampling_timesteps)[1]) | (model.sampler == 'mixture') # or in the last step
+            return torch.where(drawn[..., None], F.one_hot(token, probs.size(-1)).log(), log_p)
         for step, (window, finished) in enumerate(model.df_rollout(xs, ~unknown, net), 1):
-            found = token_probs(self.logits(xs[:, window][finished]), temperature, top_k, top_p) # (R, V), of pred_token certain
-            out[:, window][finished] = draw(found)
+            found = probs[finished] if self.tokens else token_probs(self.logits(xs[:, window][finished]), temperature, top_k, top_p) # (R, V)
+            out[:, window][finished] = token[finished] if self.tokens else draw(found)
+            ended = stop is not None and end_rows(out, unknown, stop)[:, -1].all()
             if on_step is not None:
-                on_step(step, out, probs[finished] if self.tokens else found, {'nfe': nfe, 'done': settled(out), 'total': out.size(1)})
-            if stop is not None and end_rows(out, unknown, stop)[:, -1].all():
+                on_step(step, out, found, {'nfe': nfe, 'done': settled(out), 'total': out.size(1)})
+            if ended:
                 break
         return out
 
 def as_ar(model, head=None):
     """ the autoregressive model of the same weights, which it shares; head (V, C), where the model has none """
     with torch.device('meta'):
-        gpt = GPT(replace(model.config, attention='causal', t_dist='uniform'))
+        gpt = GPT(replace(model.config, attention='causal', causal_within_block=False))
     gpt.transformer, gpt.rope, gpt.unseen = model.transformer, model.rope, model.unseen
     if head is None:
         gpt.lm_head = model.lm_head
@@ -1718,12 +1715,12 @@ FORMAT = 1 # of checkpoints
 
 def read_pickle(path):
     """ what torch.save wrote, tensors on the CPU; never executes pickled code """
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         folder = os.path.dirname(path) or '.'
         others = sorted(name for name in os.listdir(folder) if name.endswith('.pt')) if os.path.isdir(folder) else []
-        raise ValueError(f"there is no checkpoint {path}; {'its folder has ' + ', '.join(others) if others else 'train a model first, or name the folder of a run'}") from None
+        raise ValueError(f"there is no checkpoint {path}; {'its folder has ' + ', '.join(others) if others else 'train a model first, or name the folder of a run'}")
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
     except OSError:
         raise
     except Exception as e: # truncated, foreign or unsafe: the kinds of exception are many, the news is one
@@ -1747,9 +1744,7 @@ def read_pretrained(source):
     source: a checkpoint of ours or of nanoGPT, or a GPT-2 of Hugging Face, a folder or a hub name (needs transformers).
     """
     gpt2 = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True)
-    if not os.path.isfile(source):
-        if str(source).endswith('.pt'):
-            raise ValueError(f"there is no checkpoint {source}")
+    if not os.path.isfile(source) and not str(source).endswith('.pt'):
         try:
             from transformers import GPT2LMHeadModel
             hf = GPT2LMHeadModel.from_pretrained(source)
@@ -1770,13 +1765,14 @@ def read_pretrained(source):
         weights = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items()} # the prefix is torch.compile's
         return known, weights, {'tokenizer': 'gpt2'} if known['vocab_size'] >= 50257 else {}
     ckpt = read_checkpoint(source)
-    return ckpt['config'], ckpt['model'], {k: ckpt['meta'][k] for k in ('tokenizer', 'chars') if k in ckpt['meta']}
+    known = (*ARCHITECTURE, 'block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id')
+    return {k: ckpt['config'][k] for k in known}, ckpt['model'], {k: ckpt['meta'][k] for k in ('tokenizer', 'chars') if k in ckpt['meta']}
 
 def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None):
     """
     A checkpoint of train.py (its path, or what read_checkpoint gave) -> (model in eval mode, the checkpoint's dict).
     weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step. objectives: more of them than are here. view: what else the
-    weights can be read as: 'ar', of a bd3lm run with clean_causal or an mdlm run with ar_weight.
+    weights can be read as, a name that its views() has: 'ar', of a bd3lm run with clean_causal, an mdlm run with ar_weight, or of df.
     """
     assert weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw"
     ckpt = path if isinstance(path, dict) else read_checkpoint(path)

@@ -72,19 +72,19 @@ df_sampling_timesteps = 4 # noise levels that a token passes when it is written
 df_sampler = 'auto' # mixture | ddpm | ddim. auto: mixture for pred_token, else ddpm, or ddim where sampling leaves levels out
 df_objective = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
 df_embed_norm = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
-df_clean_share = 0.5 # pred_token: share of the training rows in which all that a token sees is clean, as in ar. 0.5 | 0.75 on tiny shakespeare: 1.568 | 1.541 nats/char behind clean text, 2.41 | 2.49 along a pyramid; ar 1.520
+df_clean_share = 0.5 # pred_token, causal attention: share of the training rows in which all that a token sees is clean, as in ar. 0.5 | 0.75 on tiny shakespeare: 1.568 | 1.541 nats/char behind clean text, 2.41 | 2.49 along a pyramid; ar 1.520
 df_beta_schedule = 'cosine' # linear | cosine | sigmoid
 df_loss_weight = 'fused' # of squared errors: fused | min_snr | uniform
 df_snr_clip = 5.0 # signal-to-noise ratios above it weigh no more
 df_cum_snr_decay = 0.95 # of the average over earlier tokens in fused weights, per token
-df_clip_noise = 5.0 # noise is clamped to +- this
+df_clip_noise = 5.0 # of squared errors: noise is clamped to +- this
 df_ddim_eta = 0.0 # share of fresh noise in a DDIM step: 0 none, 1 as much as DDPM
 df_stabilization_level = 1 # finished tokens are read as if at this level, 1 the least noisy
 df_scheduling_matrix = 'autoregressive' # pyramid | full_sequence | autoregressive | trapezoid: how the tokens of a chunk become clean. An ar run's nll of the text: 1.67 nats/char, of pyramids of 2 | 4 | 32 levels 1.95 | 2.51 | 4.20
 df_uncertainty_scale = 1.0 # steps a token begins later than the one before it; 0: all at once
 df_chunk_size = None # tokens denoised together; 0: all that are asked for. None: half of the context
 df_x0_wpe = False # add positions to the embeddings that get noisy, instead of in the network; needs pos='learned'
-df_level_embed = 'add' # add | concat (and an MLP): how the network reads noise levels
+df_level_embed = 'add' # of squared errors: add | concat (and an MLP): how the network reads noise levels
 attn_backend = 'auto' # auto | sdpa | flex
 grad_checkpointing = False # less memory, about a third more time
 # optimizer
@@ -228,7 +228,7 @@ try:
     raw_model = kind(models.GPTConfig(**shape)).to(device)
     if 'segments' in corpus.meta:
         assert not segments, f"segments is {segments!r}, but {dataset} has its own, {corpus.meta['segments']}: prepare other lengths"
-        assert not raw_model.views(), "rows of segments cannot be read on as ar: leave out ar_weight and clean_causal, or train --objective=ar"
+        assert not raw_model.views(), f"rows of segments cannot be read as {', '.join(raw_model.views())}, as this model would be: leave out ar_weight and clean_causal, or take --objective=ar, mdlm or bd3lm"
         corpus.layout = Layout(corpus.meta, getattr(raw_model, 'id_list', None))
     if weights:
         try:

@@ -712,11 +712,30 @@ def test_a_row_ends_at_its_stop():
     assert model.generate(torch.full((2, 8), -1), 0, stop=7).tolist() == [[1, 2, 3, 4, 5, 6, 7, 7], [7] * 8]
     assert model.generate(torch.tensor([[-1] * 8, [7] + [-1] * 7]), 0, stop=7)[1].tolist() == row[1].tolist() # given, so not its own
 
+def test_what_is_drawn_is_what_is_written_and_what_is_done_stays():
+    """ also where embeddings are so small beside the noise that nothing could be read off them """
+    model, row = speller(block_size=8, df_chunk_size=0, df_embed_norm=0.1), torch.tensor([[0, 2, 1, 1, 0, 2, 2, 0]])
+    model.df_context = lambda x, k: F.one_hot(row, 5) * 1e4
+    assert model.generate(torch.full((3, 8), -1), 0, steps=2).tolist() == row.tolist() * 3
+    model = speller(block_size=8)
+    for steps in 1, 2, 4, 8:
+        seen = []
+        out = model.generate(torch.full((6, 8), -1), 0, stop=1, steps=steps, on_step=lambda step, idx, probs, state: seen.append((state['done'], idx.clone())))
+        assert all(torch.equal(idx[:, :done], out[:, :done]) for done, idx in seen) and seen[-1][0] == 8
+    guided, levels, network = speller(df_stabilization_level=4, df_chunk_size=0), [], DFGPT.df_context
+    guided.df_context = lambda x, k: levels.append(k) or network(guided, x, k)
+    guided.generate(torch.tensor([[0, -1, -1, -1]]), 0, guidance=1.0, df_scheduling_matrix='full_sequence')
+    assert all(k[0].tolist() == [31, *own[0, 1:].tolist()] for own, k in zip(levels[::2], levels[1::2]) if own[0, 1] != 3) # finished text alone is hidden
+
+def test_a_path_is_the_matrix_it_names():
+    for kind in 'pyramid', 'full_sequence':
+        assert speller(df_scheduling_matrix='autoregressive').variant(kind).config.df_scheduling_matrix == kind
+
 # ---- a picture
 
 @pytest.mark.parametrize('args, sentence', [
     ('scheduling_matrix config/df_published.py --horizon=5', ''), ('scheduling_matrix --df_scheduling_matrix=trapezoid --df_sampling_timesteps=6', ''),
-    ('', 'name a picture'), ('atention', "no picture 'atention', expected one of scheduling_matrix"), ('scheduling_matrix --horizon=0', 'is empty'),
+    ('', 'name a picture'), ('atention', "no picture 'atention', expected one of mask, scheduling_matrix"), ('scheduling_matrix --horizon=0', 'is empty'),
     ('scheduling_matrix --df_scheduling_matrix=cone', 'expected one of pyramid'), ('scheduling_matrix --horizn=3', 'did you mean horizon'),
     ('scheduling_matrix config/nowhere.py', 'there is no config file'),
 ])

@@ -4,6 +4,7 @@ Laws of masked and block diffusion, by enumeration of tiny spaces where that dec
 import functools
 import itertools
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -481,6 +482,43 @@ def test_flex_and_dense_masks_agree(kind):
     dense = model.logits(model.denoise(xt, x))
     model.config.attn_backend, model._masks = 'flex', {} # rebuilt
     assert torch.allclose(dense[..., :5], model.logits(model.denoise(xt, x))[..., :5], atol=1e-4)
+
+def test_flex_is_left_out_where_there_is_dropout():
+    """ it has none on attention weights """
+    cuda = torch.device('cuda')
+    assert build('mdlm').flex(cuda) and not build('mdlm', dropout=0.1).flex(cuda) and not build('mdlm').flex(torch.device('cpu'))
+    with pytest.raises(AssertionError, match='has no dropout'):
+        build('mdlm', dropout=0.1, attn_backend='flex')
+
+def test_a_loss_is_called_what_it_is():
+    """ mdlm trains a hierarchy on noisy plans and writes from clean ones: another number than its bound """
+    segments = dict(attention='hierarchical', segments='2,2,4')
+    assert [build(kind, **more).loss_name for kind, more in (('mdlm', {}), ('mdlm', segments), ('bd3lm', segments | {'diffusion_block_size': 2}))] == ['nelbo', 'ce', 'nelbo']
+    with pytest.raises(AssertionError, match='no next-token loss'):
+        build('denoise', ar_weight=1.0)
+    with pytest.raises(AssertionError, match='0 .off. or more'):
+        build('mdlm', ar_weight=-1.0)
+
+def test_a_hierarchy_causal_within_blocks_is_read_as_ar():
+    model = build('mdlm', begin_id=6, ar_weight=1.0, attention='hierarchical', segments='2,2,4', causal_within_block=True)
+    assert model.views()['ar'](torch.randint(5, (2, 8)))[0].shape == (2, 8, 8)
+
+def test_flops_count_the_head_of_the_noisy_stream_only():
+    """ against ar of the same size: one block over the row is one stream; two streams less last layer and head of the clean one, unless both are asked for """
+    sizes = dict(n_layer=2, begin_id=None)
+    one, two = build('ar', **sizes), build('bd3lm', diffusion_block_size=2, **sizes)
+    head = 6 * one.lm_head.weight.numel()
+    assert build('bd3lm', diffusion_block_size=8, **sizes).flops_per_token() == build('mdlm', **sizes).flops_per_token() == one.flops_per_token()
+    assert two.flops_per_token() == 2 * one.flops_per_token() - head - (one.flops_per_token() - head) / 2
+    assert build('bd3lm', diffusion_block_size=2, clean_causal=True, ar_weight=1.0, **sizes).flops_per_token() == 2 * one.flops_per_token()
+
+def test_weights_to_start_from_bring_no_task(tmp_path):
+    """ a hierarchy's weights begin a model of plain text, and the other way round """
+    model = build('mdlm', attention='hierarchical', segments='2,2,4', causal_within_block=True)
+    torch.save({'format': 1, 'config': asdict(model.config), 'model': model.state_dict(), 'meta': {}}, tmp_path / 'ckpt.pt')
+    plain, same = MDLM.from_pretrained(tmp_path / 'ckpt.pt'), MDLM.from_pretrained(tmp_path / 'ckpt.pt', segments='2,2,4')
+    assert plain.config.attention == 'full' and same.config.attention == 'hierarchical' and plain.config.mask_id == 7 and not plain.config.segments
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.float().state_dict().values()))
 
 # ---- writing
 
