@@ -870,10 +870,11 @@ class Denoiser(GPT):
         lead, T = self.lead, T - q
         row = torch.arange(T + n + lead, device=ids.device)
         block = torch.cat((ids[..., q:] + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
-        listed = self.id_list if ids.dim() == 1 and not self.flex(ids.device) else None # None: in one run
+        shared = ids.dim() == 1 or self.config.attention == 'hierarchical' # rows of a hierarchy differ in pads only, which nobody sees
+        listed = self.id_list if shared and not self.flex(ids.device) else None # None: in one run
         noisy, clean = [], [(n + lead, n + lead, 'causal')] if self.config.clean_causal else []
-        for s, e in whole_blocks(listed[:T], 128) if listed else [(0, T)]:
-            past = lead + (min(n, listed.index(listed[e - 1])) if listed else n)
+        for s, e in whole_blocks(listed[q:q + T], 128) if listed else [(0, T)]:
+            past = lead + (min(n, listed.index(listed[q + e - 1])) if listed else n)
             noisy.append((e - s, past, self.mask(block, row < T, row[s:e], torch.cat((row[s:e], row[T:T + past])))))
         for s, e in (whole_blocks([0] * lead + [i + lead for i in listed[:n]], 128) if listed else [(0, n + lead)]) if not clean else []:
             clean.append((e - s, e, self.mask(block, row < T, row[T + s:T + e], row[T:T + e])))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import model as models
 import prepare
 from model import block_ids, dense_mask, load_checkpoint
 from prepare import Layout
@@ -119,6 +120,20 @@ def test_flex_and_dense_masks_agree_row_by_row(way):
     dense = model.logits(model.denoise(xt, batch['idx'], ids))
     model.config.attn_backend = 'flex'
     assert ids.dim() == 2 and torch.allclose(dense[real][:, :5], model.logits(model.denoise(xt, batch['idx'], ids))[real][:, :5], atol=1e-4)
+
+@pytest.mark.parametrize('more', [dict(diffusion_block_size=10), dict(begin_id=6), dict(diffusion_block_size=20, causal_within_block=True)], ids=str)
+@torch.no_grad()
+def test_long_rows_are_cut_into_runs_that_leave_nothing_out(more, monkeypatch):
+    """ what is computed in several parts is what one mask over all of it gives, pads of each row's own included """
+    model = build('bd3lm', attention='hierarchical', segments='question:150,plan:140,execution:200', block_size=490, vocab_size=9, **more)
+    layout = Layout({**META, 'segments': 'question:150,plan:140,execution:200'}, model.id_list)
+    batch = {k: torch.from_numpy(v) for k, v in layout.rows(layout.raw([[[1] * 149, [2] * 30, [3] * 180], [[0] * 20, [1] * 139, [2]]])).items()}
+    only, xt = (batch['targets'].flatten() != -1).nonzero()[:, 0], hide(batch)
+    cut, whole = [], models.whole_blocks
+    monkeypatch.setattr(models, 'whole_blocks', lambda ids, size: cut.append(whole(ids, size)) or cut[-1])
+    parts = model.two_stream(xt, batch['idx'], batch['block_ids'], only=only)
+    monkeypatch.setattr(models, 'whole_blocks', lambda ids, size: [(0, len(ids))])
+    assert max(map(len, cut)) > 1 and torch.allclose(parts, model.two_stream(xt, batch['idx'], batch['block_ids'], only=only), atol=1e-10)
 
 @torch.no_grad()
 def test_a_packed_row_is_ar_without_leaks():
