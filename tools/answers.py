@@ -5,7 +5,7 @@ $ python -m tools.answers "out-arithmetic,sampler=threshold" "out-arithmetic,sam
 A contender is the folder of a run and options of its generate, with commas between; a|b|c is a row for each. Columns: accuracy, with its 95 %
 interval (Wilson): does what the execution gives as its answer (after ####, else all of it) equal the true one? Beside it chance, how often
 the commonest true answer is right. plan same: plans that come to what the true one does, by same_plan of data/NAME/check.py (without one: equal
-text). Options like order=confidence and temperature=0 ask for the likeliest answer instead of one of many. Nats per record, a bound but for ar: of the true plan with the execution hidden, of the true execution given the true plan, and given
+text). Nats per record, a bound but for ar: of the true plan with the execution hidden, of the true execution given the true plan, and given
 the plan that was generated. What is printed also lands in answers.json beside each run.
 """
 import inspect
@@ -29,7 +29,7 @@ num_samples = 0 # questions, the first so many of the split; 0: all
 batch_size = 32 # answered at once
 split = 'test' # of the dataset; val where there is no test
 bound_samples = 4 # corruptions per record and bound; 0: no bounds
-temperature = 1.0 # of generate, unless a contender says otherwise; 0: always the likeliest token
+temperature = 0.0 # of generate, unless a contender says otherwise; 0: always the likeliest token
 examples = 0 # answers of each row to print
 ckpt = 'best' # best | latest
 weights = 'ema' # ema (if the run averaged its weights) | raw
