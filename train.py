@@ -133,6 +133,13 @@ def say(*words, sep=' '):
     if master:
         print(*words, sep=sep, flush=True)
 
+def fail_for_memory(e, *more):
+    """ a sentence where an exception says that memory did not suffice, on whichever rank; others go on as they are """
+    if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+        raise e
+    configurator.fail('; '.join([f"out of memory on {device} at batch_size={batch_size}, block_size={block_size}: lower batch_size and raise "
+                                 "gradient_accumulation_steps by the same factor, or set grad_checkpointing=True", *more]))
+
 # ---- the run folder
 
 def inside(name):
@@ -243,6 +250,8 @@ try:
     optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 except (PrepareError, AssertionError, OSError, ValueError) as e:
     fail(e)
+except (MemoryError, RuntimeError) as e:
+    fail_for_memory(e)
 tokens_per_iter = gradient_accumulation_steps * batch_size * raw_model.config.block_size
 epochs_per_iter = tokens_per_iter / corpus.tokens('train')
 if max_epochs > 0:
@@ -534,10 +543,7 @@ try:
 except (MemoryError, RuntimeError) as e:
     if world > 1 and (isinstance(e, dist.DistError) or 'Connection' in str(e)):
         sys.exit(f"error: process {rank} lost another process of the run; {how_to_go_on()}")
-    if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
-        raise
-    configurator.fail(f"out of memory on {device} at batch_size={batch_size}, block_size={block_size}: lower batch_size and raise " # whichever rank it is
-                      f"gradient_accumulation_steps by the same factor, or set grad_checkpointing=True; {how_to_go_on()}")
+    fail_for_memory(e, how_to_go_on())
 if world > 1:
     dist.destroy_process_group()
 for s in (signal.SIGINT, signal.SIGTERM): # from here on there is nothing to save
