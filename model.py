@@ -1722,9 +1722,9 @@ def read_pickle(path):
         raise ValueError(f"there is no checkpoint {path}; {'its folder has ' + ', '.join(others) if others else 'train a model first, or name the folder of a run'}")
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
     except Exception as e: # truncated, foreign or unsafe: the kinds of exception are many, the news is one
+        if isinstance(e, OSError) and e.filename is not None: # not what is in it: no permission, or a folder
+            raise
         raise ValueError(f"{path} is no checkpoint that can be read ({type(e).__name__}): truncated, or from elsewhere") from None
 
 def read_checkpoint(path):

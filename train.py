@@ -270,7 +270,8 @@ if resume:
         fail(e)
     free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight', 'df_clean_share', # of training and, the others,
             'df_sampling_timesteps', 'df_sampler', 'df_ddim_eta', 'df_scheduling_matrix', 'df_uncertainty_scale', 'df_chunk_size') # of writing, not of the weights
-    differ = [k for k, v in asdict(raw_model.config).items() if k not in free and state['config'].get(k) != v]
+    own, theirs = asdict(raw_model.config), state['config']
+    differ = [k for k in own | theirs if k not in free and own.get(k) != theirs.get(k)] # a field that only they have is another version's
     differ += [k for k in ('tokenizer', 'chars') if state['meta'].get(k) != corpus.meta.get(k)] # the same ids, other letters
     if differ or state['objective'] != objective:
         fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
