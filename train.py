@@ -7,6 +7,7 @@ Everything a run is lands in out_dir: settings.json, log.csv, ckpt_latest.pt, ck
 Ctrl-C (or SIGTERM) finishes the iteration, saves and leaves.
 """
 
+import atexit
 import contextlib
 import csv
 import json
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, fields
 from datetime import timedelta
 
@@ -193,6 +195,28 @@ peak_flops = next((flops for name, flops in {'H100': 989e12, 'H200': 989e12, 'A1
                                              '4090': 165e12, '3090': 71e12, 'V100': 125e12, 'T4': 65e12}.items()
                    if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
 
+shared = torch.zeros((), device=device)
+held_by_us = sys.getrefcount(shared)
+
+def sum_over_processes(value):
+    """ a number or a tensor () -> tensor (), by way of the one tensor that let_go waits for """
+    if world == 1:
+        return value
+    dist.all_reduce(shared.fill_(value))
+    return shared.clone()
+
+def let_go():
+    """
+    The last act of one process of several: gloo's thread holds the summed tensor a little longer than the sum takes, needs python's
+    lock to drop it, and aborts the process if python is being torn down by then (torch 2.13). At most 1 s, for a thread that hangs.
+    """
+    until = time.time() + 1
+    while sys.getrefcount(shared) > held_by_us and time.time() < until:
+        time.sleep(0.001) # without the lock
+
+if world > 1:
+    atexit.register(let_go)
+
 def to_device(batch):
     return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
 
@@ -301,7 +325,8 @@ if compiles and not eval_only:
         raw_model.compile() # in place, so that names stay and checkpoints do not care
     except Exception as e:
         say(f"torch.compile cannot work here ({type(e).__name__}: {str(e).splitlines()[0]}); going on without it")
-# ranks seed and evaluate by themselves, so there is nothing to broadcast
+# ranks seed and evaluate by themselves, so there is nothing to broadcast; the name of that before torch 2.13 works in all
+warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated')
 network = DDP(raw_model, device_ids=[local_rank] if device.type == 'cuda' else None, broadcast_buffers=False) if world > 1 else raw_model
 
 def reseed(*where):
@@ -458,10 +483,7 @@ def ask_to_stop(signum, frame):
     signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL) # a second one is final
 
 def somebody_asked_to_stop():
-    if world == 1:
-        return stop_asked
-    dist.all_reduce(flag := torch.tensor(float(stop_asked), device=device))
-    return flag.item() > 0
+    return bool(sum_over_processes(stop_asked) > 0)
 
 def train_step():
     """ one iteration: (mean loss, gradient norm), both over all processes """
@@ -489,9 +511,7 @@ def train_step():
     if ema_weights is not None: # a young average would otherwise remember the initialisation for ever
         beta = min(ema, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(list(ema_weights.values()), [v.detach() for v in raw_model.state_dict().values()], 1 - beta)
-    if world > 1:
-        dist.all_reduce(total)
-    return total / world, norm
+    return sum_over_processes(total) / world, norm
 
 def train():
     global iteration, best
