@@ -196,10 +196,10 @@ peak_flops = next((flops for name, flops in {'H100': 989e12, 'H200': 989e12, 'A1
                    if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
 
 shared = torch.zeros((), device=device)
-held_by_us = sys.getrefcount(shared)
+held_by_us = sys.getrefcount(shared) # what holds it besides is gloo's
 
 def sum_over_processes(value):
-    """ a number or a tensor () -> tensor (), by way of the one tensor that let_go waits for """
+    """ a number or a tensor () -> its sum, a tensor () if there are several processes; all sums go by the one tensor that let_go waits for """
     if world == 1:
         return value
     dist.all_reduce(shared.fill_(value))
@@ -294,8 +294,8 @@ if resume:
         fail(e)
     free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight', 'df_clean_share', # of training and, the others,
             'df_sampling_timesteps', 'df_sampler', 'df_ddim_eta', 'df_scheduling_matrix', 'df_uncertainty_scale', 'df_chunk_size') # of writing, not of the weights
-    own, theirs = asdict(raw_model.config), state['config']
-    differ = [k for k in own | theirs if k not in free and own.get(k) != theirs.get(k)] # a field that only they have is another version's
+    ours, theirs = asdict(raw_model.config), state['config']
+    differ = [k for k in ours | theirs if k not in free and ours.get(k) != theirs.get(k)] # a field that only they have is another version's
     differ += [k for k in ('tokenizer', 'chars') if state['meta'].get(k) != corpus.meta.get(k)] # the same ids, other letters
     if differ or state['objective'] != objective:
         fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
@@ -325,7 +325,7 @@ if compiles and not eval_only:
         raw_model.compile() # in place, so that names stay and checkpoints do not care
     except Exception as e:
         say(f"torch.compile cannot work here ({type(e).__name__}: {str(e).splitlines()[0]}); going on without it")
-# ranks seed and evaluate by themselves, so there is nothing to broadcast; the name of that before torch 2.13 works in all
+# ranks seed and evaluate by themselves, so there is nothing to broadcast; torch 2.13 has another name for that, 2.9 knows this one only
 warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated')
 network = DDP(raw_model, device_ids=[local_rank] if device.type == 'cuda' else None, broadcast_buffers=False) if world > 1 else raw_model
 
@@ -483,7 +483,7 @@ def ask_to_stop(signum, frame):
     signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL) # a second one is final
 
 def somebody_asked_to_stop():
-    return bool(sum_over_processes(stop_asked) > 0)
+    return bool(sum_over_processes(stop_asked))
 
 def train_step():
     """ one iteration: (mean loss, gradient norm), both over all processes """
