@@ -25,6 +25,21 @@ import torch.utils.checkpoint
 from torch.nn import functional as F
 
 # -----------------------------------------------------------------------------
+# the one kind of error that is not a bug
+
+class UserError(ValueError):
+    """ A setting, a file or a prompt that cannot work. Scripts show its text, one sentence, in place of a traceback """
+
+def check(fits, sentence):
+    """ raise a UserError unless fits. What only a mistake in the code can break is an assert """
+    if not fits:
+        raise UserError(sentence)
+
+def check_length(T, room):
+    if T > room: # no check(): torch.compile would have to trace the sentence
+        raise UserError(f"{T} tokens do not fit the context: block_size is {room}")
+
+# -----------------------------------------------------------------------------
 # who may look at whom
 
 def block_ids(attention, T, diffusion_block_size=None, segments=None):
@@ -34,13 +49,13 @@ def block_ids(attention, T, diffusion_block_size=None, segments=None):
     question first; the question is one block, every later segment is whole (diffusion_block_size=None) or cut.
     """
     n = diffusion_block_size
-    assert attention in ATTENTIONS, f"attention is {attention!r}, expected one of {', '.join(ATTENTIONS)}"
-    assert n is None or n >= 1, f"diffusion_block_size is {n}, expected at least 1 token per block"
-    assert attention != 'block' or n is not None, "attention 'block' needs diffusion_block_size, the tokens per block"
+    check(attention in ATTENTIONS, f"attention is {attention!r}, expected one of {', '.join(ATTENTIONS)}")
+    check(n is None or n >= 1, f"diffusion_block_size is {n}, expected at least 1 token per block")
+    check(attention != 'block' or n is not None, "attention 'block' needs diffusion_block_size, the tokens per block")
     return ATTENTIONS[attention](T, n, segments)
 
 def _hierarchical_ids(T, n, segments):
-    assert segments and sum(segments) == T, f"segments {segments} add up to {sum(segments or [0])}, the row has {T} tokens"
+    check(segments and sum(segments) == T, f"segments {segments} add up to {sum(segments or [0])}, the row has {T} tokens")
     ids, first = [], 0
     for i, length in enumerate(segments):
         whole = i == 0 or n is None # the question is never cut
@@ -123,7 +138,7 @@ def attend(q, k, v, mask, dropout_p=0.0):
     if torch.is_tensor(mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     from torch.nn.attention.flex_attention import flex_attention
-    assert q.is_cuda or not q.requires_grad, "FlexAttention has no backward pass on this device: use attn_backend=sdpa"
+    check(q.is_cuda or not q.requires_grad, "FlexAttention has no backward pass on this device: use attn_backend=sdpa")
     flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled(flex_attention)
     return flex(q, k, v, block_mask=mask)
 
@@ -216,19 +231,19 @@ class GPTConfig:
     def __post_init__(self):
         for name, options in CHOICES.items():
             value = getattr(self, name)
-            assert value in options, f"{name} is {value!r}, expected one of {', '.join(options)}"
-        assert self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
+            check(value in options, f"{name} is {value!r}, expected one of {', '.join(options)}")
+        check(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         head = self.n_embd // self.n_head
-        assert self.pos != 'rope' or head % 2 == 0, f"rope turns pairs: a head of {head} dimensions (n_embd / n_head) is odd"
-        assert not self.causal_within_block or self.attention == 'hierarchical', "causal_within_block is about the segments of attention=hierarchical"
+        check(self.pos != 'rope' or head % 2 == 0, f"rope turns pairs: a head of {head} dimensions (n_embd / n_head) is odd")
+        check(not self.causal_within_block or self.attention == 'hierarchical', "causal_within_block is about the segments of attention=hierarchical")
         self.text_size = self.vocab_size if self.text_size is None else self.text_size
-        assert self.text_size <= self.vocab_size, f"text_size {self.text_size} exceeds vocab_size {self.vocab_size}"
+        check(self.text_size <= self.vocab_size, f"text_size {self.text_size} exceeds vocab_size {self.vocab_size}")
 
     @property
     def lengths(self):
         """ of the segments, [] where there are none """
         parts = [part.rpartition(':')[2].strip() for part in self.segments.split(',')] if self.segments else []
-        assert not parts or len(parts) > 1 and all(n.isdecimal() and int(n) > 0 for n in parts), f"segments is {self.segments!r}, expected lengths like 32,32,64"
+        check(not parts or len(parts) > 1 and all(n.isdecimal() and int(n) > 0 for n in parts), f"segments is {self.segments!r}, expected lengths like 32,32,64")
         return [int(n) for n in parts]
 
     @property
@@ -320,9 +335,9 @@ class Block(nn.Module):
 
 def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """ (..., V) logits -> float32 probabilities; temperature 0 is the argmax; top_p keeps the token that crosses p """
-    assert temperature >= 0, f"temperature is {temperature}, expected 0 (greedy) or more"
-    assert top_k is None or top_k >= 1, f"top_k is {top_k}, expected at least 1"
-    assert top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, expected a probability in (0, 1]"
+    check(temperature >= 0, f"temperature is {temperature}, expected 0 (greedy) or more")
+    check(top_k is None or top_k >= 1, f"top_k is {top_k}, expected at least 1")
+    check(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, expected a probability in (0, 1]")
     logits = logits.float()
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
@@ -441,11 +456,12 @@ def end_rows(out, unknown, stop):
 def check_sampler(sampler, **options):
     """ a sentence for a name that does not exist and for an option that this sampler would not read """
     for name, value, known in ('sampler', sampler, SAMPLERS), ('order', options['order'] or 'random', ('random', *ORDERS)), ('schedule', options['schedule'], SCHEDULES):
-        assert value in known, f"{name} is {value!r}, expected one of {', '.join(known)}"
+        check(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
     neutral = {'order': 'random', 'schedule': 'linear', 'remask': 0}
     for name, value in options.items():
-        assert name in SAMPLERS[sampler] or value in (None, neutral.get(name)), (f"sampler {sampler} has no use for {name}={value}: leave {name} out, "
-            f"or take sampler {' | '.join(s for s in SAMPLERS if name in SAMPLERS[s])}")
+        check(name in SAMPLERS[sampler] or value in (None, neutral.get(name)),
+              f"sampler {sampler} has no use for {name}={value}: leave {name} out, "
+              f"or take sampler {' | '.join(s for s in SAMPLERS if name in SAMPLERS[s])}")
 
 # -----------------------------------------------------------------------------
 # diffusion forcing: noise levels per token (https://arxiv.org/abs/2407.01392). Level k = 0 is already noisy, -1 is clean
@@ -463,10 +479,10 @@ BETA_SCHEDULES = {
 
 def df_schedule(kind, T, snr_clip=5.0):
     """ everything that depends on the noise level alone: {name: (T,) float32}, computed in float64. kind: linear | cosine | sigmoid """
-    assert kind in BETA_SCHEDULES, f"df_beta_schedule is {kind!r}, expected one of {', '.join(BETA_SCHEDULES)}"
-    assert T >= 1, f"df_timesteps is {T}, expected at least 1"
-    assert kind != 'linear' or T > 20, \
-        f"the linear schedule needs df_timesteps of at least 21, not {T}: it ends at a beta of 20 / T, which must be below 1"
+    check(kind in BETA_SCHEDULES, f"df_beta_schedule is {kind!r}, expected one of {', '.join(BETA_SCHEDULES)}")
+    check(T >= 1, f"df_timesteps is {T}, expected at least 1")
+    check(kind != 'linear' or T > 20,
+          f"the linear schedule needs df_timesteps of at least 21, not {T}: it ends at a beta of 20 / T, which must be below 1")
     betas = BETA_SCHEDULES[kind](T)
     abar = (1 - betas).cumprod(0)
     before = F.pad(abar[:-1], (1, 0), value=1.0)
@@ -491,7 +507,7 @@ def df_loss_weight(k, snr, clip, decay, objective, kind):
     average, counts as its own. uniform: 1 for the objective as it is.
     """
     for name, value, options in ('df_objective', objective, CHOICES['df_objective']), ('df_loss_weight', kind, CHOICES['df_loss_weight']):
-        assert value in options, f"{name} is {value!r}, expected one of {', '.join(options)}"
+        check(value in options, f"{name} is {value!r}, expected one of {', '.join(options)}")
     own = snr[k] / clip
     clipped, past = own.clamp(max=1), torch.zeros_like(own)
     if kind == 'uniform':
@@ -518,9 +534,9 @@ def scheduling_matrix(kind, horizon, sampling_timesteps, uncertainty_scale):
     last. A reverse step takes a row to the next one. kind: pyramid | full_sequence | autoregressive | trapezoid
     """
     h, S, u = horizon, sampling_timesteps, uncertainty_scale
-    assert kind in SCHEDULING_MATRICES, f"df_scheduling_matrix is {kind!r}, expected one of {', '.join(SCHEDULING_MATRICES)}"
-    assert h >= 1 and S >= 1, f"a scheduling matrix of {h} tokens and {S} steps is empty: expected at least 1 of both"
-    assert 0 <= u < math.inf, f"df_uncertainty_scale is {u}, expected 0 or more rows between a token and the next"
+    check(kind in SCHEDULING_MATRICES, f"df_scheduling_matrix is {kind!r}, expected one of {', '.join(SCHEDULING_MATRICES)}")
+    check(h >= 1 and S >= 1, f"a scheduling matrix of {h} tokens and {S} steps is empty: expected at least 1 of both")
+    check(0 <= u < math.inf, f"df_uncertainty_scale is {u}, expected 0 or more rows between a token and the next")
     wait = torch.tensor([SCHEDULING_MATRICES[kind](t, h, S, u) for t in range(h)])
     row = torch.arange(S + int(wait.max()) + 1)[:, None]
     return (S + wait - row).clamp(0, S)
@@ -540,8 +556,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert config.attention in self.attentions, \
-            f"{type(self).__name__} works with attention {' | '.join(self.attentions)}, not {config.attention!r}"
+        check(config.attention in self.attentions,
+              f"{type(self).__name__} works with attention {' | '.join(self.attentions)}, not {config.attention!r}")
         self.config, self.dropout = config, config.dropout
         self.transformer = nn.ModuleDict(dict(
             wte = nn.Embedding(config.vocab_size, config.n_embd),
@@ -593,7 +609,7 @@ class GPT(nn.Module):
                                    ('transformer.wpe.weight', self.config.block_size, 'positions, block_size is')):
             if name in own and name in weights:
                 n = min(len(own[name]), len(weights[name]))
-                assert n >= needed, f"the weights know {n} {what} {needed}"
+                check(n >= needed, f"the weights know {n} {what} {needed}")
                 weights[name] = torch.cat((weights[name][:n].to(own[name]), own[name][n:]))
         self.load_state_dict(weights)
 
@@ -660,7 +676,7 @@ class GPT(nn.Module):
     def next_token_logits(self, idx):
         """ idx (B, T) -> logits (B, T, V) of the token after each position """
         T = idx.size(1)
-        assert T <= self.config.n_positions, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
+        check_length(T, self.config.n_positions)
         pos = torch.arange(T, device=idx.device)
         return self.logits(self.trunk(self.embed(idx, pos), pos, 'causal'))
 
@@ -708,8 +724,8 @@ class GPT(nn.Module):
         B, given = idx.size(0), (idx != -1).sum(1) # (B,), prompt lengths
         begin = idx.new_full((B, self.config.begin_id is not None), self.config.begin_id or 0) # (B, 1) or (B, 0)
         first, T, room = int(given.min()) if B else 0, idx.size(1), self.config.block_size - begin.size(1)
-        assert first + begin.size(1) > 0, "without a begin id a prompt needs at least one token"
-        assert ((idx != -1).cumprod(1).sum(1) == given).all(), "a prompt has a gap (-1 before a given token): ar only writes on"
+        check(first + begin.size(1) > 0, "without a begin id a prompt needs at least one token")
+        check(((idx != -1).cumprod(1).sum(1) == given).all(), "a prompt has a gap (-1 before a given token): ar only writes on")
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         cache, stops, enough = None, torch.zeros_like(given), max(1, len(self.config.lengths) - 1) # stops that end a row
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
@@ -745,7 +761,7 @@ class GPT(nn.Module):
         A list of optimizers. adamw: all parameters, decay on the 2-D ones. muon: the matrices of attention and MLP by Muon
         (https://kellerjordan.github.io/posts/muon/), embeddings, head, norms and biases by AdamW.
         """
-        assert optimizer in ('adamw', 'muon'), f"optimizer is {optimizer!r}, expected adamw or muon"
+        check(optimizer in ('adamw', 'muon'), f"optimizer is {optimizer!r}, expected adamw or muon")
         matrices = {id(p) for p in self.transformer.h.parameters() if p.dim() == 2} if optimizer == 'muon' else set()
         rest = [p for p in self.parameters() if id(p) not in matrices]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
@@ -753,7 +769,7 @@ class GPT(nn.Module):
         fused = self.transformer.wte.weight.device.type in ('cuda', 'cpu') # one kernel instead of one per parameter
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
         if matrices:
-            assert hasattr(torch.optim, 'Muon'), f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}"
+            check(hasattr(torch.optim, 'Muon'), f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}")
             optimizers.append(torch.optim.Muon([p for p in self.parameters() if id(p) in matrices],
                                                lr=muon_learning_rate, weight_decay=weight_decay))
         return optimizers
@@ -781,14 +797,14 @@ class Denoiser(GPT):
     def __init__(self, config):
         super().__init__(config)
         c, name = config, type(self).__name__
-        assert c.mask_id is not None, f"{name} needs mask_id, the id that a hidden token reads as"
-        assert 0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]"
-        assert c.attn_backend != 'flex' or c.dropout == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa"
-        assert c.ar_weight >= 0, f"ar_weight is {c.ar_weight}, expected 0 (off) or more"
-        assert c.ar_weight == 0 or self.bound_name, f"{name} has no next-token loss: leave ar_weight out"
-        assert self.two_streams or not c.clean_causal, f"clean_causal is about the clean stream of bd3lm, and {name} has none: leave it out"
-        assert c.clean_causal or c.ar_weight == 0 or not self.two_streams, \
-            "ar_weight needs clean_causal=True: else a clean token sees the next one"
+        check(c.mask_id is not None, f"{name} needs mask_id, the id that a hidden token reads as")
+        check(0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]")
+        check(c.attn_backend != 'flex' or c.dropout == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa")
+        check(c.ar_weight >= 0, f"ar_weight is {c.ar_weight}, expected 0 (off) or more")
+        check(c.ar_weight == 0 or self.bound_name, f"{name} has no next-token loss: leave ar_weight out")
+        check(self.two_streams or not c.clean_causal, f"clean_causal is about the clean stream of bd3lm, and {name} has none: leave it out")
+        check(c.clean_causal or c.ar_weight == 0 or not self.two_streams,
+              "ar_weight needs clean_causal=True: else a clean token sees the next one")
         cut = c.diffusion_block_size if c.attention == 'block' or self.two_streams else None
         self.register_buffer('ids', block_ids(c.attention, c.block_size, cut, c.lengths), persistent=False)
         self.id_list = self.ids.tolist() # for decisions that must not wait for a device
@@ -830,7 +846,7 @@ class Denoiser(GPT):
     def one_stream(self, xt, block_ids=None, only=None):
         """ xt (B, T), hidden or not, sees itself through the attention pattern -> (B, T, C), or of `only` (R,), flat indices, (R, C) """
         T, pos = xt.size(1), torch.arange(xt.size(1), device=xt.device)
-        assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
+        check_length(T, self.config.block_size)
         if block_ids is not None:
             mask = self.mask(block_ids)
         elif self.id_list[T - 1] == 0:
@@ -845,7 +861,7 @@ class Denoiser(GPT):
         clean_too: the states of the clean rows follow, those of begin, x0[:, :-1]. block_ids of a hierarchy are the config's, but for pads.
         """
         T, lead = xt.size(1), self.lead
-        assert T <= self.config.block_size, f"{T} tokens do not fit the context: block_size is {self.config.block_size}"
+        check_length(T, self.config.block_size)
         ids = self.ids[:T] if block_ids is None else block_ids
         # nobody looks at the clean copy of the last block, and the last token is nobody's past
         hierarchy = block_ids is not None and only is not None and self.config.attention == 'hierarchical' # its blocks, but for pads
@@ -889,7 +905,7 @@ class Denoiser(GPT):
         # corrupt: the provider did
         if targets is None:
             return self.logits(self.one_stream(idx, block_ids)), None
-        assert not torch.equal(idx, targets), "nothing is hidden: denoise fills in what a subclass, in provider.py of a dataset, corrupted, and these rows are as they were"
+        check(not torch.equal(idx, targets), "nothing is hidden: denoise fills in what a subclass, in provider.py of a dataset, corrupted, and these rows are as they were")
         # attend
         rows = (targets.flatten() != -1).nonzero()[:, 0]
         x = self.one_stream(idx, block_ids, rows)
@@ -928,12 +944,12 @@ class Denoiser(GPT):
             edges = [i for i in range(T + 1) if i == 0 or i == T or ids[i] != ids[i - 1]]
             counted = [(s, e, sum(unknown[max(first, start + s):start + e])) for s, e in zip(edges, edges[1:])]
             windows.append((start, end, [block for block in counted if block[2]]))
-        assert self.config.attention != 'hierarchical' or len(unknown) <= room, \
-            f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {len(unknown)}"
+        check(self.config.attention != 'hierarchical' or len(unknown) <= room,
+              f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {len(unknown)}")
         if steps is None: # a step per token, where a sampler has steps
             return [(s, e, [(*block, hidden if 'steps' in SAMPLERS[sampler] else None) for *block, hidden in blocks]) for s, e, blocks in windows]
         blocks = sum(len(blocks) for *_, blocks in windows)
-        assert steps >= blocks, f"{steps} steps are fewer than the {blocks} blocks to fill: each needs at least one"
+        check(steps >= blocks, f"{steps} steps are fewer than the {blocks} blocks to fill: each needs at least one")
         share = iter([steps * (i + 1) // blocks - steps * i // blocks for i in range(blocks)])
         return [(s, e, [(*block, next(share)) for *block, _ in blocks]) for s, e, blocks in windows]
 
@@ -960,15 +976,15 @@ class Denoiser(GPT):
         settled in every row, for good but for what follows a stop, 'total': columns}. When the text outgrows the context, see plan.
         """
         check_sampler(sampler, steps=steps, order=order, schedule=schedule, remask=remask, confidence_threshold=confidence_threshold, entropy_budget=entropy_budget)
-        assert 0 <= remask < 1, f"remask is {remask}, expected a share in [0, 1)"
-        assert guidance >= 0, f"guidance is {guidance}, expected 0 (off) or more"
+        check(0 <= remask < 1, f"remask is {remask}, expected a share in [0, 1)")
+        check(guidance >= 0, f"guidance is {guidance}, expected 0 (off) or more")
         order = order or ('random' if sampler in ('fixed', 'ancestral') else self.favourite_order)
         bound = next((b for b in (confidence_threshold, entropy_budget) if b is not None), BOUNDS.get(sampler))
-        assert bound is None or bound >= 0, f"{SAMPLERS[sampler][-1]} is {bound}, expected 0 or more"
+        check(bound is None or bound >= 0, f"{SAMPLERS[sampler][-1]} is {bound}, expected 0 or more")
         B, lead, looks, halves = idx.size(0), self.lead, order not in ('random', 'left_to_right') or sampler in ACCEPTS, 1 + (guidance > 0)
         out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         unknown, step, nfe = out == -1, 0, 0
-        assert not guidance or (~unknown).any(1).all(), "guidance compares with a text whose prompt is hidden, and there is a row without a prompt"
+        check(not guidance or (~unknown).any(1).all(), "guidance compares with a text whose prompt is hidden, and there is a row without a prompt")
         windows, edges = self.plan(unknown.any(0), steps, sampler), list(itertools.accumulate(self.config.lengths))
         spans = list(zip(edges, edges[1:])) or [(0, out.size(1))] # where a stop holds
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
@@ -1115,7 +1131,7 @@ class MDLM(Denoiser):
         ar_loss = 0
         if self.config.ar_weight > 0: # half of the rows teach the same weights to read on: a step costs what it did
             half = len(idx) // 2
-            assert half, "ar_weight needs batch_size of at least 2: mdlm takes half of the rows for the next-token loss"
+            check(half, "ar_weight needs batch_size of at least 2: mdlm takes half of the rows for the next-token loss")
             ar_loss = self.config.ar_weight * GPT.forward(self, idx[:half], targets[:half])[1]
             idx, targets, block_ids = idx[half:], targets[half:], block_ids if block_ids is None else block_ids[half:]
         # corrupt
@@ -1165,7 +1181,7 @@ class MDLM(Denoiser):
         function of what is revealed so far (https://arxiv.org/abs/2603.01367): left_to_right | confidence | entropy | margin. It is
         another model than nll_bound's, so it may lie on either side of it. Costs as many passes as a block has tokens.
         """
-        assert order in ORDERS, f"order is {order!r}, expected one of {', '.join(ORDERS)}"
+        check(order in ORDERS, f"order is {order!r}, expected one of {', '.join(ORDERS)}")
         (groups, G), at = self.groups(idx, block_ids), torch.arange(idx.size(1), device=idx.device).expand_as(idx)
         scored = hidden = self.scored(targets, groups)
         nats = torch.zeros(len(idx), device=idx.device)
@@ -1281,7 +1297,7 @@ class DFGPT(GPT):
             ('df_sampler', c.df_sampler != 'mixture' or self.tokens, f"ddpm or ddim with {c.df_objective}: only pred_token has a distribution over tokens to mix by"),
             ('df_sampler', c.df_sampler != 'ddpm' or S == T, f"ddim or auto where sampling leaves levels out: df_sampling_timesteps is {S}, df_timesteps {T}"),
         ]:
-            assert fits, f"{name} is {getattr(c, name)}, expected {expected}"
+            check(fits, f"{name} is {getattr(c, name)}, expected {expected}")
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """ also of another objective: its trunk begins this model, its head has no use here, and what only df has stays as it is """
@@ -1310,7 +1326,7 @@ class DFGPT(GPT):
 
     def df_wpe(self, n):
         """ what x0 has of positions 0 to n - 1: (n, C), or zeros (n, 1) """
-        assert n <= self.config.block_size, f"{n} tokens do not fit the context: block_size is {self.config.block_size}"
+        check_length(n, self.config.block_size)
         return self.transformer.wpe.weight[:n] if self.config.df_x0_wpe else self.df_betas.new_zeros(n, 1)
 
     def df_noise(self, shape, noise=None):
@@ -1527,8 +1543,8 @@ class DFGPT(GPT):
     def _read_levels(self, x, curr, next, context_noise):
         """ index levels -> real ones, and x as the network reads it: finished tokens (index 0) at df_stabilization_level """
         T, S = self.config.df_timesteps, self.config.df_sampling_timesteps
-        assert ((0 <= next) & (next <= curr) & (curr <= S)).all(), \
-            f"a reverse step takes index levels from {S} at most down to 0 at least, and no token's noise may rise (next above curr)"
+        check(((0 <= next) & (next <= curr) & (curr <= S)).all(),
+              f"a reverse step takes index levels from {S} at most down to 0 at least, and no token's noise may rise (next above curr)")
         real = df_real_levels(T, S).to(x.device)
         k, k_next = real[curr].masked_fill(curr == 0, self.config.df_stabilization_level - 1), real[next]
         return torch.where((curr == 0)[..., None], self.q_sample(x, k, context_noise), x), k, k_next
@@ -1542,9 +1558,9 @@ class DFGPT(GPT):
         """
         if self.sampler != 'ddpm':
             return self._ddim_sample_step_seq(x, curr, next, net, noise, guidance_fn)
-        assert guidance_fn is None, "guidance needs DDIM steps: set df_sampling_timesteps below df_timesteps"
+        check(guidance_fn is None, "guidance needs DDIM steps: set df_sampling_timesteps below df_timesteps")
         seen, k, _ = self._read_levels(x, curr, next, self.df_noise(x.shape, noise))
-        assert (curr - next <= 1).all(), "a DDPM step lowers a level by 1 or leaves it: to jump, set df_sampling_timesteps below df_timesteps"
+        check((curr - next <= 1).all(), "a DDPM step lowers a level by 1 or leaves it: to jump, set df_sampling_timesteps below df_timesteps")
         _, x0, _ = self._df_model_predictions(seen, k, net)
         mean = self.df_at('posterior_mean_coef1', k) * x0 + self.df_at('posterior_mean_coef2', k) * seen
         fresh = self.df_at('posterior_variance', k).sqrt() * self.df_noise(x.shape, noise) # none in the last step
@@ -1579,7 +1595,7 @@ class DFGPT(GPT):
         while any(unknown[end:]):
             first = end + unknown[end:].index(True)
             h = min(len(unknown) - first, max(1, room // 2) if size is None else size or len(unknown))
-            assert h <= room, f"df_chunk_size=0 denoises all {h} new tokens together, but the context has {room}: choose a smaller df_chunk_size"
+            check(h <= room, f"df_chunk_size=0 denoises all {h} new tokens together, but the context has {room}: choose a smaller df_chunk_size")
             found.append((first, first + h))
             end = first + h
         return found
@@ -1629,7 +1645,7 @@ class DFGPT(GPT):
         stop, on_step: as in Denoiser.generate.
         """
         model = self.variant(df_sampling_timesteps=steps, df_sampler=sampler, df_scheduling_matrix=df_scheduling_matrix, df_uncertainty_scale=df_uncertainty_scale)
-        assert guidance == 0 or guidance > 0 and self.tokens, f"guidance is {guidance}, expected 0 (off) or, with pred_token, more"
+        check(guidance == 0 or guidance > 0 and self.tokens, f"guidance is {guidance}, expected 0 (off) or, with pred_token, more")
         out, nfe = F.pad(idx, (0, max_new_tokens), value=-1), 0
         unknown, xs, probs, token = out == -1, F.embedding(out.clamp(min=0), self.embeddings()), None, None
         def net(x, k):
@@ -1700,13 +1716,13 @@ def pick_device(device='auto', dtype='auto'):
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise AssertionError(f"device {device} cannot be used here ({str(e).splitlines()[0]}): try --device=auto or --device=cpu") from None
+        torch.zeros(1, device=device).item() # meta has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as e: # torch's own ways to say no
+        raise UserError(f"device {device} cannot be used here ({str(e).splitlines()[0]}): try --device=auto or --device=cpu") from None
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     low = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-    assert dtype in low, f"dtype is {dtype!r}, expected auto or one of {', '.join(low)}"
+    check(dtype in low, f"dtype is {dtype!r}, expected auto or one of {', '.join(low)}")
     return device, torch.autocast(device.type, low[dtype]) if low[dtype] else contextlib.nullcontext(), dtype
 
 # -----------------------------------------------------------------------------
@@ -1719,21 +1735,21 @@ def read_pickle(path):
     if not os.path.exists(path):
         folder = os.path.dirname(path) or '.'
         others = sorted(name for name in os.listdir(folder) if name.endswith('.pt')) if os.path.isdir(folder) else []
-        raise ValueError(f"there is no checkpoint {path}; {'its folder has ' + ', '.join(others) if others else 'train a model first, or name the folder of a run'}")
+        raise UserError(f"there is no checkpoint {path}; {'its folder has ' + ', '.join(others) if others else 'train a model first, or name the folder of a run'}")
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: # truncated, foreign or unsafe: the kinds of exception are many, the news is one
         if isinstance(e, OSError) and e.filename is not None: # not what is in it: no permission, or a folder
-            raise
-        raise ValueError(f"{path} is no checkpoint that can be read ({type(e).__name__}): truncated, or from elsewhere") from None
+            raise UserError(f"cannot read {path}: {e.strerror}") from None
+        raise UserError(f"{path} is no checkpoint that can be read ({type(e).__name__}): truncated, or from elsewhere") from None
 
 def read_checkpoint(path):
     """ the dict of a checkpoint that train.py wrote """
     ckpt = read_pickle(path)
     if not isinstance(ckpt, dict) or 'format' not in ckpt:
-        raise ValueError(f"{path} is not one of our checkpoints: it has no 'format'")
+        raise UserError(f"{path} is not one of our checkpoints: it has no 'format'")
     if ckpt['format'] > FORMAT:
-        raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this code reads up to {FORMAT}: update the code")
+        raise UserError(f"{path} has checkpoint format {ckpt['format']}, this code reads up to {FORMAT}: update the code")
     return ckpt
 
 # what weights decide; the rest of a GPTConfig is the task's
@@ -1750,12 +1766,12 @@ def read_pretrained(source):
             from transformers import GPT2LMHeadModel
             hf = GPT2LMHeadModel.from_pretrained(source)
         except ImportError:
-            raise ValueError(f"{source} is no checkpoint; if it is a GPT-2 of Hugging Face, that needs transformers: pip install transformers") from None
+            raise UserError(f"{source} is no checkpoint; if it is a GPT-2 of Hugging Face, that needs transformers: pip install transformers") from None
         except (OSError, ValueError, RuntimeError) as e:
-            raise ValueError(f"{source} is neither a checkpoint nor a GPT-2 of Hugging Face that can be read ({str(e).strip().splitlines()[0]})") from None
+            raise UserError(f"{source} is neither a checkpoint nor a GPT-2 of Hugging Face that can be read ({str(e).strip().splitlines()[0]})") from None
         c, kinds = hf.config, {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
         if c.activation_function not in kinds or c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5:
-            raise ValueError(f"{source} is a GPT-2 of another kind: {c.activation_function}, n_inner {c.n_inner}, epsilon {c.layer_norm_epsilon}")
+            raise UserError(f"{source} is a GPT-2 of another kind: {c.activation_function}, n_inner {c.n_inner}, epsilon {c.layer_norm_epsilon}")
         linear = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # there: inputs x outputs
         weights = {k: v.t().contiguous() if k.endswith(linear) else v for k, v in hf.state_dict().items()}
         return gpt2 | dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size,
@@ -1775,16 +1791,16 @@ def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None)
     weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step. objectives: more of them than are here. view: what else the
     weights can be read as, a name that its views() has: 'ar', of a bd3lm run with clean_causal, an mdlm run with ar_weight, or of df.
     """
-    assert weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw"
+    check(weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw")
     ckpt = path if isinstance(path, dict) else read_checkpoint(path)
     unknown, objectives = sorted(ckpt['config'].keys() - {f.name for f in fields(GPTConfig)}), OBJECTIVES | objectives
     if unknown or ckpt['objective'] not in objectives:
-        raise ValueError(f"the checkpoint was written by another version: {', '.join(unknown) or ckpt['objective']} is unknown here")
+        raise UserError(f"the checkpoint was written by another version: {', '.join(unknown) or ckpt['objective']} is unknown here")
     model = objectives[ckpt['objective']](GPTConfig(**ckpt['config']))
     model.load_state_dict(ckpt['ema'] if weights == 'ema' and ckpt['ema'] else ckpt['model'])
     model = model.eval().to(device)
     views = {None: model} | model.views()
     if view not in views:
-        raise ValueError(f"this {ckpt['objective']} checkpoint cannot be read as {view}, only as "
+        raise UserError(f"this {ckpt['objective']} checkpoint cannot be read as {view}, only as "
                          f"{', '.join(v for v in views if v) or 'itself'}")
     return views[view], ckpt

@@ -182,7 +182,7 @@ def main():
                 print('\n---------------', flush=True)
             evaluations += printer.nfe
             progress.finished += rows * (new + gaps)
-    except (PrepareError, AssertionError, ValueError, OSError) as e:
+    except (PrepareError, models.UserError) as e:
         fail(str(e))
     seconds = time.time() - clock
     progress.clear()

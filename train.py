@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import configurator
 import model as models
 from configurator import configure
+from model import UserError, check
 from prepare import Layout, PrepareError, ensure, open_corpus, provider, replacing
 
 # -----------------------------------------------------------------------------
@@ -183,8 +184,8 @@ if world > 1:
     device = f'cuda:{local_rank}' if dist.get_backend() == 'nccl' else device
 try:
     device, amp, dtype = models.pick_device(device, dtype)
-except (RuntimeError, AssertionError) as e:
-    fail(str(e).splitlines()[0])
+except UserError as e:
+    fail(e)
 if device.type == 'cuda':
     torch.cuda.set_device(device)
 torch.set_float32_matmul_precision('high') # tf32 where there is such a thing
@@ -226,10 +227,10 @@ micro_steps = gradient_accumulation_steps // world
 try:
     for name in ('batch_size', 'gradient_accumulation_steps', 'n_layer', 'n_head', 'n_embd', 'max_iters',
                  'eval_iters', 'log_interval', 'eval_interval', 'bound_samples'):
-        assert config[name] >= 1, f"{name} is {config[name]}, expected at least 1"
+        check(config[name] >= 1, f"{name} is {config[name]}, expected at least 1")
     for name, below in ('dropout', 1), ('block_size', math.inf), ('seed', math.inf):
-        assert 0 <= config[name] < below, f"{name} is {config[name]}, expected 0 or more{' and below 1' if below == 1 else ''}"
-    assert 0 <= curriculum <= 1, f"curriculum is {curriculum}, expected a share of the iterations, 0 to 1"
+        check(0 <= config[name] < below, f"{name} is {config[name]}, expected 0 or more{' and below 1' if below == 1 else ''}")
+    check(0 <= curriculum <= 1, f"curriculum is {curriculum}, expected a share of the iterations, 0 to 1")
     if master:
         ensure(dataset)
     if world > 1:
@@ -237,11 +238,11 @@ try:
     corpus, block_size = open_corpus(dataset, block_size, skip)
     config['block_size'] = block_size
     objectives = models.OBJECTIVES | provider(dataset).get('OBJECTIVES', {})
-    assert objective in objectives, f"objective is {objective!r}, expected one of {', '.join(objectives)}"
-    assert decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant"
-    assert gradient_accumulation_steps % world == 0, \
-        f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes"
-    assert attn_backend != 'flex' or device.type == 'cuda', f"attn_backend=flex trains on cuda only: FlexAttention has no backward pass on {device}"
+    check(objective in objectives, f"objective is {objective!r}, expected one of {', '.join(objectives)}")
+    check(decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant")
+    check(gradient_accumulation_steps % world == 0,
+          f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of the {world} processes")
+    check(attn_backend != 'flex' or device.type == 'cuda', f"attn_backend=flex trains on cuda only: FlexAttention has no backward pass on {device}")
     torch.manual_seed(seed)
     kind, weights = objectives[objective], None
     if init_from not in ('scratch', 'resume') and not resume: # weights bring their architecture along
@@ -251,15 +252,15 @@ try:
         config |= brought
         globals().update(config)
         for k, v in text.items():
-            assert corpus.meta.get(k) == v, f"the weights of {init_from} read other tokens than {dataset} has: {k} is {v!r} there, {corpus.meta.get(k)!r} here"
+            check(corpus.meta.get(k) == v, f"the weights of {init_from} read other tokens than {dataset} has: {k} is {v!r} there, {corpus.meta.get(k)!r} here")
     known = config | corpus.meta
     shape = {f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known}
     shape |= dict(begin_id=corpus.meta['begin_id'] if begin else None, attention=attention or kind.usual_attention(shape['segments']))
     shape['diffusion_block_size'] = diffusion_block_size or None
     raw_model = kind(models.GPTConfig(**shape)).to(device)
     if 'segments' in corpus.meta:
-        assert not segments, f"segments is {segments!r}, but {dataset} has its own, {corpus.meta['segments']}: prepare other lengths"
-        assert not raw_model.views(), f"rows of segments cannot be read as {', '.join(raw_model.views())}, as this model would be: leave out ar_weight and clean_causal, or take --objective=ar, mdlm or bd3lm"
+        check(not segments, f"segments is {segments!r}, but {dataset} has its own, {corpus.meta['segments']}: prepare other lengths")
+        check(not raw_model.views(), f"rows of segments cannot be read as {', '.join(raw_model.views())}, as this model would be: leave out ar_weight and clean_causal, or take --objective=ar, mdlm or bd3lm")
         corpus.layout = Layout(corpus.meta, getattr(raw_model, 'id_list', None))
     if weights:
         try:
@@ -272,7 +273,7 @@ try:
         raw_model(**to_device(corpus.batch('train', batch_size, raw_model.row_length, np.random.default_rng(seed))))
     raw_model.train()
     optimizers = raw_model.configure_optimizers(optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
-except (PrepareError, AssertionError, OSError, ValueError) as e:
+except (PrepareError, UserError) as e:
     fail(e)
 except (MemoryError, RuntimeError) as e:
     fail_for_memory(e)
@@ -290,7 +291,7 @@ if resume:
     path = inside(f'ckpt_{ckpt}.pt') if ckpt in ('latest', 'best') else ckpt
     try:
         state = models.read_checkpoint(path)
-    except (OSError, ValueError) as e:
+    except UserError as e:
         fail(e)
     free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight', 'df_clean_share', # of training and, the others,
             'df_sampling_timesteps', 'df_sampler', 'df_ddim_eta', 'df_scheduling_matrix', 'df_uncertainty_scale', 'df_chunk_size') # of writing, not of the weights
@@ -561,6 +562,8 @@ for s in (signal.SIGINT, signal.SIGTERM):
     signal.signal(s, ask_to_stop)
 try:
     finished = train()
+except (PrepareError, UserError) as e:
+    fail(f"{e}; {how_to_go_on()}")
 except (MemoryError, RuntimeError) as e:
     if world > 1 and (isinstance(e, dist.DistError) or 'Connection' in str(e)):
         sys.exit(f"error: process {rank} lost another process of the run; {how_to_go_on()}")

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import tools.plot
-from model import DFGPT, GPT, GPTConfig, Sinusoidal, df_loss_weight, df_real_levels, df_schedule, scheduling_matrix, score
+from model import DFGPT, GPT, GPTConfig, Sinusoidal, UserError, df_loss_weight, df_real_levels, df_schedule, scheduling_matrix, score
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = np.load(os.path.join(ROOT, 'tests', 'df_golden.npz'))
@@ -184,14 +184,14 @@ def test_schedules_are_their_formulas(kind, T):
 def test_impossible_schedules_end_in_a_sentence():
     for kind, T, sentence in [('linear', 20, 'needs df_timesteps of at least 21, not 20'), ('linear', 1, 'at least 21'), ('cosine', 0, 'at least 1'),
                               ('quadratic', 32, 'expected one of linear, cosine, sigmoid')]:
-        with pytest.raises(AssertionError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             df_schedule(kind, T)
     for args, sentence in [(('cone', 3, 8, 1.0), 'one of pyramid'), (('pyramid', 0, 8, 1.0), 'is empty'), (('pyramid', 3, 0, 1.0), 'is empty'),
                            (('pyramid', 3, 8, -1.0), '0 or more'), (('pyramid', 3, 8, math.inf), '0 or more')]:
-        with pytest.raises(AssertionError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             scheduling_matrix(*args)
     for args, sentence in [(('pred_x', 'fused'), 'one of pred_noise'), (('pred_x0', 'max_snr'), 'one of fused')]:
-        with pytest.raises(AssertionError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             df_loss_weight(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), 5.0, 0.95, *args)
 
 @pytest.mark.parametrize('objective', ['pred_noise', 'pred_x0', 'pred_v'])
@@ -261,11 +261,11 @@ def test_steps_that_make_no_sense_end_in_a_sentence():
     ddpm, ddim = build(), build(df_sampling_timesteps=8)
     for step in ddpm._sample_step_seq, ddim._sample_step_seq, ddim._ddim_sample_step_seq:
         for curr, next in (two, three), (two + 40, two), (two, two - 1):
-            with pytest.raises(AssertionError, match='no token.s noise may rise'):
+            with pytest.raises(UserError, match='no token.s noise may rise'):
                 step(x, curr, next, net)
-    with pytest.raises(AssertionError, match='lowers a level by 1'):
+    with pytest.raises(UserError, match='lowers a level by 1'):
         ddpm._sample_step_seq(x, three, three - torch.tensor([[0, 2]]), net)
-    with pytest.raises(AssertionError, match='guidance needs DDIM'):
+    with pytest.raises(UserError, match='guidance needs DDIM'):
         ddpm._sample_step_seq(x, two, two, net, guidance_fn=lambda x0: x0.sum())
     assert ddim._sample_step_seq(x, three, three * 0, net).isfinite().all()
 
@@ -396,7 +396,7 @@ def test_an_ar_checkpoint_begins_a_df_model():
     (dict(df_loss_weight='snr'), 'expected one of fused'), (dict(df_level_embed='film'), 'expected one of add'), (dict(df_scheduling_matrix='cone'), 'expected one of pyramid'),
 ])
 def test_wrong_settings_end_in_a_sentence(settings, sentence):
-    with pytest.raises(AssertionError, match=re.escape(sentence)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         build(**settings)
 
 # ---- writing
@@ -462,9 +462,9 @@ def test_the_context_is_seen_where_it_lies_in_the_window():
 def test_a_chunk_of_everything_must_fit():
     model = build(df_chunk_size=0)
     assert model.generate(torch.zeros(1, 2, dtype=torch.long), 7).shape == (1, 9)
-    with pytest.raises(AssertionError, match='denoises all 8 new tokens together, but the context has 7'):
+    with pytest.raises(UserError, match='denoises all 8 new tokens together, but the context has 7'):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 8)
-    with pytest.raises(AssertionError, match='8 tokens do not fit the context'):
+    with pytest.raises(UserError, match='8 tokens do not fit the context'):
         model(torch.zeros(1, 8, dtype=torch.long))
 
 # ---- pred_token: predictions are distributions over tokens
@@ -689,9 +689,9 @@ def test_guidance_goes_on_from_what_is_expected_behind_noise():
     assert steps == [2, 4, 6] and seen[0] == [0, 0, 31, 31] and seen[1] == [31] * 4 and seen[5][:2] == [31, 31]
     assert (torch.bincount(out[:, 2:].flatten(), minlength=3) / 1000 - p).abs().max() < 0.05
     for wrong in -1.0, math.nan:
-        with pytest.raises(AssertionError, match='guidance is'):
+        with pytest.raises(UserError, match='guidance is'):
             model.generate(prompt, 0, guidance=wrong)
-    with pytest.raises(AssertionError, match='with pred_token'):
+    with pytest.raises(UserError, match='with pred_token'):
         build().generate(torch.zeros(1, 1, dtype=torch.long), 2, guidance=1.0)
 
 def test_options_of_a_call_are_settings_of_the_model():
@@ -702,7 +702,7 @@ def test_options_of_a_call_are_settings_of_the_model():
         assert nfe[-1] == expected and model.config.df_sampling_timesteps == 32 and model.path is None
     for options, sentence in [(dict(steps=33), 'df_sampling_timesteps is 33'), (dict(steps=4, sampler='ddpm'), 'ddim or auto where sampling leaves levels out'),
                               (dict(df_scheduling_matrix='cone'), 'expected one of pyramid'), (dict(sampler='first_hitting'), 'expected one of auto, mixture')]:
-        with pytest.raises(AssertionError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             model.generate(torch.full((1, 8), -1), 0, **options)
 
 def test_a_row_ends_at_its_stop():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, dense_mask, leading, random_subset, reverse_steps
+from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, UserError, dense_mask, leading, random_subset, reverse_steps
 
 KINDS = [ # every way to denoise: objective, attention, block size, segments, more
     ('mdlm', dict(attention='full')),
@@ -451,7 +451,7 @@ def test_half_of_the_rows_of_a_dual_mdlm_are_a_gpts(begin_id):
     both = dual(x, x)[1]
     torch.manual_seed(0)
     assert torch.allclose(both, alone(x[2:], x[2:])[1] + 0.5 * gpt(x[:2], x[:2])[1], atol=1e-10)
-    with pytest.raises(AssertionError, match='batch_size of at least 2'):
+    with pytest.raises(UserError, match='batch_size of at least 2'):
         dual(x[:1], x[:1])
 
 def test_an_ar_checkpoint_initialises_every_other_objective():
@@ -487,16 +487,16 @@ def test_flex_is_left_out_where_there_is_dropout():
     """ it has none on attention weights """
     cuda = torch.device('cuda')
     assert build('mdlm').flex(cuda) and not build('mdlm', dropout=0.1).flex(cuda) and not build('mdlm').flex(torch.device('cpu'))
-    with pytest.raises(AssertionError, match='has no dropout'):
+    with pytest.raises(UserError, match='has no dropout'):
         build('mdlm', dropout=0.1, attn_backend='flex')
 
 def test_a_loss_is_called_what_it_is():
     """ mdlm trains a hierarchy on noisy plans and writes from clean ones: another number than its bound """
     segments = dict(attention='hierarchical', segments='2,2,4')
     assert [build(kind, **more).loss_name for kind, more in (('mdlm', {}), ('mdlm', segments), ('bd3lm', segments | {'diffusion_block_size': 2}))] == ['nelbo', 'ce', 'nelbo']
-    with pytest.raises(AssertionError, match='no next-token loss'):
+    with pytest.raises(UserError, match='no next-token loss'):
         build('denoise', ar_weight=1.0)
-    with pytest.raises(AssertionError, match='0 .off. or more'):
+    with pytest.raises(UserError, match='0 .off. or more'):
         build('mdlm', ar_weight=-1.0)
 
 def test_a_hierarchy_causal_within_blocks_is_read_as_ar():
@@ -609,7 +609,7 @@ def test_only_some_states_are_the_same_states(kind):
 def test_writing_past_the_context_stops_and_steps(kind):
     model = build(kind[0], **kind[1])
     if model.config.attention == 'hierarchical':
-        with pytest.raises(AssertionError, match='a hierarchy has 8 tokens'):
+        with pytest.raises(UserError, match='a hierarchy has 8 tokens'):
             model.generate(torch.zeros(1, 2, dtype=torch.long), 20)
         return
     states = []
@@ -626,7 +626,7 @@ def test_writing_past_the_context_stops_and_steps(kind):
         assert 3 not in row or set(row[row.index(3):]) == {3}
     assert (out[:, 2:] == 3).any()
     for options, word in [(dict(sampler='ancestral', steps=0), 'fewer than the'), (dict(steps=5), 'leave steps out'), (dict(sampler='magic'), 'first_hitting, ancestral')]:
-        with pytest.raises(AssertionError, match=word):
+        with pytest.raises(UserError, match=word):
             model.generate(torch.zeros(1, 1, dtype=torch.long), 7, **options)
 
 def test_the_plan_covers_every_gap_once():
@@ -708,5 +708,5 @@ def test_wrong_settings_end_in_a_sentence():
                                       ('bd3lm', dict(diffusion_block_size=2, ar_weight=1.0), 'clean_causal'), ('bd3lm', {}, 'needs diffusion_block_size'),
                                       ('bd3lm', dict(attention='full'), 'works with attention block'), ('mdlm', dict(t_dist='gauss'), 'uniform, bell'), ('mdlm', dict(clean_causal=True), 'leave it out'),
                                       ('mdlm', dict(attention='hierarchical', segments='2,3'), 'add up to 5')]:
-        with pytest.raises(AssertionError, match=word):
+        with pytest.raises(UserError, match=word):
             build(objective, **settings)

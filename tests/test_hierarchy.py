@@ -11,7 +11,7 @@ import torch
 
 import model as models
 import prepare
-from model import block_ids, dense_mask, load_checkpoint
+from model import UserError, block_ids, dense_mask, load_checkpoint
 from prepare import Layout
 from tests.test_diffusion import build
 from tests.test_train import here # noqa: F401, a fixture
@@ -259,9 +259,9 @@ def test_ar_writes_every_segment_and_stops_after_the_last():
     assert len(lengths) > 2
 
 def test_causal_within_block_is_for_hierarchies():
-    with pytest.raises(AssertionError, match='attention=hierarchical'):
+    with pytest.raises(UserError, match='attention=hierarchical'):
         build('mdlm', causal_within_block=True)
-    with pytest.raises(AssertionError, match='expected lengths like'):
+    with pytest.raises(UserError, match='expected lengths like'):
         build('mdlm', attention='hierarchical', segments='question:4,plan:-4')
 
 # ---- as a user

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, OBJECTIVES, GPTConfig, Cache, attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
+from model import GPT, OBJECTIVES, GPTConfig, Cache, UserError, attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
 SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='rmsnorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
@@ -55,7 +55,7 @@ def test_hierarchical_ids_and_their_errors():
     assert block_ids('hierarchical', 9, 2, (2, 3, 4)).tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4]
     assert block_ids('hierarchical', 9, None, (2, 3, 4)).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     for args, word in [(('hierarchical', 9, 2, (2, 3)), 'add up to 5'), (('block', 4), 'diffusion_block_size'), (('diagonal', 4), 'diagonal')]:
-        with pytest.raises(AssertionError, match=word):
+        with pytest.raises(UserError, match=word):
             block_ids(*args)
 
 def test_a_batch_of_block_ids_and_invisible_padding():
@@ -219,9 +219,9 @@ def test_rows_with_prompts_of_different_lengths():
     padded[0, 0], stop = 4, int(prompts[2][0, 3]) # a stop within a longer prompt ends nothing
     out = model.generate(padded.repeat(8, 1), 20, stop=stop)[2::3]
     assert (out[:, :7] == prompts[2][0]).all() and not (out[:, 7:] == stop).all()
-    with pytest.raises(AssertionError, match='gap'):
+    with pytest.raises(UserError, match='gap'):
         model.generate(torch.tensor([[1, -1, 2]]), 1)
-    with pytest.raises(AssertionError, match='begin id'):
+    with pytest.raises(UserError, match='begin id'):
         gpt().generate(torch.zeros(1, 0, dtype=torch.long), 1)
 
 def test_stop_ends_each_row_by_itself_and_on_step_sees_every_token():
@@ -249,7 +249,7 @@ def test_token_probs():
     counts = torch.bincount(draw(p.expand(40000, 4)), minlength=4) / 40000
     assert (counts - p[0]).abs().max() < 0.01
     for options in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5):
-        with pytest.raises(AssertionError, match='expected'):
+        with pytest.raises(UserError, match='expected'):
             token_probs(logits, **options)
 
 @torch.no_grad()
@@ -283,11 +283,11 @@ def test_wrong_settings_end_in_a_sentence():
     for settings, word in [(dict(norm='batchnorm'), 'rmsnorm, layernorm'), (dict(n_embd=10, n_head=3), 'multiple of n_head'),
                            (dict(n_embd=6, n_head=2), 'odd'), (dict(attention='full'), 'works with attention causal'),
                            (dict(text_size=99), 'exceeds vocab_size')]:
-        with pytest.raises(AssertionError, match=word):
+        with pytest.raises(UserError, match=word):
             gpt(**settings)
-    with pytest.raises(AssertionError, match='do not fit the context'):
+    with pytest.raises(UserError, match='do not fit the context'):
         gpt()(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(AssertionError, match='expected adamw or muon'):
+    with pytest.raises(UserError, match='expected adamw or muon'):
         gpt().configure_optimizers('sgd')
 
 # ---- numbers that are reported
@@ -367,7 +367,7 @@ def test_weights_of_nanogpt(tmp_path):
     assert torch.allclose(ours(idx[:, :8])[0][..., :11], theirs(idx[:, :8])[0], atol=1e-4) and ours.config.bias and ours.config.n_positions == 9
     assert OBJECTIVES['mdlm'].from_pretrained(tmp_path / 'ckpt.pt', mask_id=10, text_size=10).config.attention == 'full'
     for settings, sentence in (dict(vocab_size=64), 'know 11 ids, the text has 64'), (dict(block_size=13), 'know 12 positions, block_size is 13'):
-        with pytest.raises(AssertionError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             GPT.from_pretrained(tmp_path / 'ckpt.pt', **settings)
     torch.save({'model': {}, 'model_args': print}, tmp_path / 'unsafe.pt')
     with pytest.raises(ValueError, match='no checkpoint that can be read'):

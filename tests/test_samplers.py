@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import sample
-from model import ACCEPTS, ORDERS, QUOTAS, SAMPLERS, SCHEDULES, entropy, leading, ranks, reverse_steps, spread
+from model import ACCEPTS, ORDERS, QUOTAS, SAMPLERS, SCHEDULES, UserError, entropy, leading, ranks, reverse_steps, spread
 from prepare import PrepareError, Tokenizer, vocabulary
 from test_diffusion import build, tiny
 
@@ -365,9 +365,9 @@ def test_unknown_names_and_unused_options_end_in_sentences():
             (dict(sampler='entropy_bound', entropy_budget=-1), 'entropy_budget is -1, expected 0 or more'),
             (dict(guidance=-0.5), 'guidance is -0.5, expected 0'),
             (dict(sampler='fixed', steps=0), '0 steps are fewer than the 1 blocks')]:
-        with pytest.raises(AssertionError, match=word):
+        with pytest.raises(UserError, match=word):
             model.generate(prompt, 7, **options)
-    with pytest.raises(AssertionError, match='a row without a prompt'):
+    with pytest.raises(UserError, match='a row without a prompt'):
         model.generate(torch.tensor([[1], [-1]]), 7, guidance=1.0)
     for name, options in SAMPLERS.items(): # every option is one of generate's, and read
         assert set(options) <= set(inspect.signature(model.generate).parameters) and (name in QUOTAS) != (name in ACCEPTS)

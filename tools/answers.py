@@ -22,6 +22,7 @@ import torch
 import model as models
 import prepare
 from configurator import configure, fail
+from model import UserError
 from prepare import Layout, PrepareError, Records, Tokenizer, provider
 from tools.quality import contenders, load
 
@@ -65,7 +66,7 @@ def answered(name, folder, options):
     where, amp, _ = models.pick_device(device)
     model, state = load(folder, where, ckpt, weights)
     meta, settings = state['meta'], state['settings']
-    assert 'segments' in meta, f"{folder} was trained on plain text, expected records of question, plan and execution"
+    models.check('segments' in meta, f"{folder} was trained on plain text, expected records of question, plan and execution")
     corpus, tokenizer, layout = Records(settings['dataset'], settings.get('skip', '')), Tokenizer(meta), Layout(meta, getattr(model, 'id_list', None))
     names, check = [*layout.lengths], provider(meta['dataset'], 'check.py')
     part = split if split in meta['splits'] else 'val' if split == 'test' else split
@@ -75,7 +76,7 @@ def answered(name, folder, options):
     true = [{k: tokenizer.decode(ids) for k, ids in slots.parts(row).items()} for row in raw]
     takes = inspect.signature(model.generate).parameters
     for option in options:
-        assert option in takes and option not in ('idx', 'max_new_tokens', 'on_step', 'stop', 'block_ids'), f"{name}: {state['objective']} has no use for {option}"
+        models.check(option in takes and option not in ('idx', 'max_new_tokens', 'on_step', 'stop', 'block_ids'), f"{name}: {state['objective']} has no use for {option}")
     options = {'temperature': temperature} | options
     torch.manual_seed(seed)
     given, calls, spent, begun, told = [], 0, 0.0, time.time(), time.time()
@@ -131,7 +132,7 @@ def main():
         for folder, results in found.items():
             with prepare.replacing(os.path.join(folder, 'answers.json')) as (temporary,), open(temporary, 'w') as f:
                 json.dump(results, f, indent=2)
-    except (PrepareError, AssertionError, ValueError, OSError, TypeError) as e:
+    except (PrepareError, UserError) as e:
         fail(str(e))
     nats = dict.fromkeys(k for row in table for k in row if k.startswith('nats_') and not k.endswith('_stderr'))
     print(f"| run | accuracy of {table[0]['questions']:,} | 95 % | chance | plan same | NFE | tokens/s |" + ''.join(f" {k.replace('_', ' ')} |" for k in nats))

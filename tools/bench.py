@@ -146,7 +146,7 @@ def main():
         for row, t in zip(rows, times):
             if t:
                 row['sample_tokens_per_second'] = 1 / statistics.median(t[1:])
-    except (AssertionError, ValueError, RuntimeError) as e:
+    except models.UserError as e:
         fail(str(e))
     print('| contender | parameters | step, ms | train tokens/s | x | peak MB | sampled tokens/s | x | network calls |\n' + '|---' * 9 + '|')
     cell = lambda row, key, form, unit=1: form.format(row[key] / unit) if key in row else ''

@@ -17,6 +17,7 @@ import torch
 
 import model as models
 from configurator import configure, fail
+from model import UserError
 from prepare import Corpus, PrepareError
 from tools.quality import load
 
@@ -65,7 +66,7 @@ def main():
             if orders and not reading.startswith('ema'):
                 try:
                     row['orders'] = order_nats(folder, orders, reading.partition('_as_')[2])
-                except (PrepareError, OSError, ValueError) as e:
+                except (PrepareError, UserError) as e:
                     fail(str(e))
             table.append(row)
     names = list(models.ORDERS) if orders else []

@@ -14,7 +14,7 @@ import torch
 
 import prepare
 from configurator import configure, fail, run_config
-from model import OBJECTIVES, GPTConfig, block_ids, dense_mask, scheduling_matrix
+from model import OBJECTIVES, GPTConfig, UserError, block_ids, check, dense_mask, scheduling_matrix
 from tools.bench import train_settings
 
 # what can be set: whatever of train.py is a field of GPTConfig (`--help` lists them), and
@@ -70,7 +70,7 @@ def read_settings(argv):
     for path in (a for a in argv if not a.startswith('-')):
         defaults |= {k: v for k, v in run_config(path, defaults).items() if k in defaults}
     config = configure(dict(__file__=__file__, __doc__=__doc__) | defaults, [a for a in argv if a.startswith('-')])
-    assert config['objective'] in OBJECTIVES, f"objective is {config['objective']!r}, expected one of {', '.join(OBJECTIVES)}"
+    check(config['objective'] in OBJECTIVES, f"objective is {config['objective']!r}, expected one of {', '.join(OBJECTIVES)}")
     config['segments'] = config['segments'] or segments_of(config['dataset']) if config['dataset'] or config['segments'] else None
     if config['segments'] and config['skip']:
         config['segments'] = prepare.segments_text(prepare.without(prepare.read_segments(config['segments']), config['skip']))
@@ -98,7 +98,7 @@ def main():
         path = output or f'{names[0]}.png'
         figure.savefig(path, dpi=150)
         print(path)
-    except (AssertionError, ValueError, OSError, prepare.PrepareError) as e:
+    except (UserError, prepare.PrepareError) as e:
         fail(str(e))
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ import torch
 
 import model as models
 from configurator import configure, fail
+from model import UserError, check
 from prepare import Corpus, PrepareError, Tokenizer, provider
 
 judge = '' # the folder of an ar run; folder:ar is what ar reads in a run with ar_weight
@@ -138,17 +139,17 @@ def main():
     try:
         where, _, _ = models.pick_device(device)
         critic, state = load(judge, where, ckpt, weights)
-        assert critic.bound_name == 'nll', f"the judge {judge} is {state['objective']}, expected ar, whose likelihood is exact; of a run with ar_weight, {judge}:ar"
+        check(critic.bound_name == 'nll', f"the judge {judge} is {state['objective']}, expected ar, whose likelihood is exact; of a run with ar_weight, {judge}:ar")
         corpus, tokenizer, meta = Corpus(state['settings']['dataset']), Tokenizer(state['meta']), state['meta']
         runs = {folder: load(folder, where, ckpt, weights) for _, folder, _ in rows}
         for folder, (model, other) in runs.items():
-            assert all(other['meta'].get(k) == meta.get(k) for k in ('tokenizer', 'chars')), f"{folder} and the judge {judge} do not write in the same tokens"
+            check(all(other['meta'].get(k) == meta.get(k) for k in ('tokenizer', 'chars')), f"{folder} and the judge {judge} do not write in the same tokens")
         new = new_tokens or critic.config.block_size - prompt - suffix
-        assert new >= 1, f"prompt {prompt} and suffix {suffix} leave nothing of the judge's context of {critic.config.block_size}: set new_tokens"
+        check(new >= 1, f"prompt {prompt} and suffix {suffix} leave nothing of the judge's context of {critic.config.block_size}: set new_tokens")
         first = prompt or int(any(model.config.begin_id is None for model in (critic, *(m for m, _ in runs.values())))) # something must come first
         gap, length = slice(first, first + new), first + new + suffix
         windows = corpus.n_windows('val', length)
-        assert windows >= num_samples, f"the held-out text has {windows} windows of {length} tokens, fewer than num_samples={num_samples}"
+        check(windows >= num_samples, f"the held-out text has {windows} windows of {length} tokens, fewer than num_samples={num_samples}")
         spaced = itertools.islice(corpus.windows('val', 1, length), 0, windows // num_samples * num_samples, windows // num_samples)
         held_out = torch.from_numpy(np.concatenate([batch['idx'] for batch in spaced])).to(where)
         table.append({'contender': 'the held-out text', **measure(held_out, gap, critic)})
@@ -159,8 +160,8 @@ def main():
             model, (_, other) = runs[folder][0], runs[folder]
             takes = inspect.signature(model.generate).parameters
             for option in options:
-                assert option in takes and option not in ('idx', 'max_new_tokens', 'on_step'), f"{name}: {other['objective']} has no use for {option}"
-            assert not suffix or 'sampler' in takes, f"{name}: {other['objective']} cannot see what stands behind a gap: leave out --suffix"
+                check(option in takes and option not in ('idx', 'max_new_tokens', 'on_step'), f"{name}: {other['objective']} has no use for {option}")
+            check(not suffix or 'sampler' in takes, f"{name}: {other['objective']} cannot see what stands behind a gap: leave out --suffix")
             torch.manual_seed(seed)
             started, calls, out = time.perf_counter(), 0, []
             for text in held_out.split(batch_size):
@@ -171,7 +172,7 @@ def main():
             texts.append(torch.cat(out))
             table.append({'contender': name, **measure(texts[-1], gap, critic), 'nfe': calls / len(out),
                           'tokens_per_second': num_samples * new / seconds, 'samples': num_samples, 'new_tokens': new})
-    except (PrepareError, AssertionError, ValueError, OSError, TypeError) as e:
+    except (PrepareError, UserError) as e:
         fail(str(e))
     behind, parts = suffix > 0, [[tokenizer.decode(ids) for ids in out[:, gap].tolist()] for out in texts]
     for row, part in zip(table, parts if bleu else []):
