@@ -16,7 +16,7 @@ seed = 1337
 max_iters = 200 # iterations
 compile = True # torch.compile
 start = ''
-tags = None # anything
+tags: str | None = None # anything
 _hidden = 3
 widths = [1, 2]
 seed = seed # not the comment of seed
@@ -70,8 +70,8 @@ def test_a_config_sees_the_settings_so_far_and_may_hold_code(go):
     ('learning_rate', '1', 1.0), ('learning_rate', 'inf', float('inf')), ('learning_rate', '-2e-3', -2e-3),
     ('max_iters', '2e3', 2000), ('max_iters', '-1', -1), ('compile', 'False', False), ('compile', 'false', False),
     ('start', '123', '123'), ('start', '"a"', '"a"'), ('start', 'a=b', 'a=b'), ('start', '', ''),
-    ('start', 'None', 'None'), ('tags', '3', 3), ('tags', 'None', None), ('tags', 'abc', 'abc'),
-    ('tags', 'true', 'true'), ('tags', '[1]', [1])])
+    ('start', 'None', 'None'), ('tags', '3', '3'), ('tags', 'None', None), ('tags', 'abc', 'abc'),
+    ('tags', 'true', 'true'), ('tags', '[1]', '[1]')])
 def test_the_default_decides_the_type(go, key, text, value):
     in_file = f'{key} = {value!r}'.replace('inf', 'float("inf")')
     for config in go(f'--{key}={text}'), go('a.py', a=in_file):
@@ -82,7 +82,7 @@ def test_a_file_widens_like_the_command_line(go):
     assert repr(config['learning_rate']) == '1.0' and repr(config['max_iters']) == '2000'
     assert type(go('a.py', a='import numpy as np\nlearning_rate = np.sqrt(2)')['learning_rate']) is float
     assert go('a.py', a=b'\xef\xbb\xbfseed = 2')['seed'] == 2 # a byte order mark
-    assert go('a.py', '--tags=x', a='tags = 3')['tags'] == 'x' # a None default stays open, whatever came before
+    assert go('a.py', '--tags=x', a='tags = "3"')['tags'] == 'x' and go('a.py', '--tags=none', a='tags = "3"')['tags'] is None
 
 DEFAULTS = {'max_iters': ('200', 'int'), 'learning_rate': ('0.001', 'float'), 'compile': ('True', 'bool')}
 
@@ -130,9 +130,9 @@ def test_help_shows_each_setting_as_it_stands(go, capsys, flag):
         'Trains nothing.', '$ python script.py --seed=1', '',
         "--out_dir=runs/#1       where the run lives", "--learning_rate=0.001   peak", "--seed=7",
         "--max_iters=200         iterations", "--compile=True          torch.compile", "--start=''",
-        "--tags=None             anything"]
+        "--tags=None             (str or None) anything"]
     with pytest.raises(SystemExit):
-        go(f'--tags=0x{"f" * 5000}', flag) # python refuses to print an int this long, help does not mind
+        go(f'--max_iters=0x{"f" * 5000}', flag) # python refuses to print an int this long, help does not mind
 
 def test_a_real_script_reads_sys_argv(tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
