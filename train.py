@@ -375,10 +375,11 @@ if resume:
     free = ('dropout', 'attn_backend', 'grad_checkpointing', 't_min', 't_max', 't_dist', 'ar_weight', 'df_clean_share', # of training and, the others,
             'df_sampling_timesteps', 'df_sampler', 'df_ddim_eta', 'df_scheduling_matrix', 'df_uncertainty_scale', 'df_chunk_size') # of writing, not of the weights
     ours, theirs = asdict(raw_model.config), state['config']
-    differ = [k for k in ours | theirs if k not in free and ours.get(k) != theirs.get(k)] # a field that only they have is another version's
+    differ = ['objective'] if state['objective'] != objective else []
+    differ += [k for k in ours | theirs if k not in free and ours.get(k) != theirs.get(k)] # a field that only they have is another version's
     differ += [k for k in ('tokenizer', 'chars') if state['meta'].get(k) != corpus.meta.get(k)] # the same ids, other letters
-    if differ or state['objective'] != objective:
-        fail(f"{path} is another model: it differs in {', '.join(differ) or 'objective'}; "
+    if differ:
+        fail(f"{path} is another model: it differs in {', '.join(differ)}; "
              f"resume with the run's own settings, or start anew in another --out_dir")
     if len(optimizers) != len(state['optimizers']):
         fail(f"{path} was trained with another optimizer than {optimizer}: leave --optimizer as it was, or start anew with --init_from={path}")
@@ -732,3 +733,5 @@ for s in (signal.SIGINT, signal.SIGTERM): # from here on there is nothing to sav
     signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
 if finished and not stop_asked and scoreboard_windows != 0 and master:
     finish()
+if master:
+    os.close(claimed) # whoever runs this inside another program may go on with the folder

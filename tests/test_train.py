@@ -43,7 +43,7 @@ def here(monkeypatch, capsys):
         try:
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
         except SystemExit as e:
-            left = e.code
+            left = e.code or 0
         for s, handler in handlers.items():
             signal.signal(s, handler)
         done = capsys.readouterr()
@@ -322,7 +322,7 @@ def test_several_processes(corpus, tmp_path, processes, more):
     ('--optimizer=sgd', 'expected adamw or muon'), ('--decay=cubic', 'expected linear, cosine'), ('--dtype=float8', 'expected auto or one of'),
     ('--device=cuda:9', 'cannot be used here'), ('--init_from=gpt5', 'GPT-2 of Hugging Face'), ('--init_from=out/ckpt.pt', 'there is no checkpoint out/ckpt.pt'), ('--batch_size=0', 'batch_size is 0'), ('--seed=-1', '0 or more'),
     ('--block_size=400', 'fewer than the context of'), ('--dataset=shakespere_char', 'shakespeare_char'), ('--n_head=3', 'multiple of n_head'),
-    ('--objective=df --df_stabilization_level=0', 'pure noise'), ('--objective=df --df_chunk_size=abc', 'df_chunk_size is abc'),
+    ('--objective=df --df_stabilization_level=0', 'pure noise'), ('--objective=df --df_chunk_size=abc', 'df_chunk_size must be int or None'),
     ('--init_from=resume', 'no run to resume'), ('--eval_only=True', 'no run to resume'), ('--max_iter=3', 'max_iters'),
     ('--attn_backend=flex', 'trains on cuda only'), ('--dropout=20', 'dropout is 20.0, expected 0 or more and below 1'), ('--n_head=0', 'n_head is 0'),
     ('--block_size=-4', 'block_size is -4'), ('--max_iters=-1', 'max_iters is -1'), ('--objective=mdlm --ar_weight=1 --batch_size=1', 'batch_size of at least 2'),
