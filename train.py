@@ -147,6 +147,10 @@ def say(*words, sep=' '):
         stop_asked = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+def first_line(e):
+    """ what an exception says, without the pages that follow """
+    return next((line.strip()[:200] for line in str(e).splitlines() if line.strip()), '')
+
 def fail_for_memory(e, *more):
     """ a sentence where an exception says that memory did not suffice, on whichever rank; others go on as they are """
     said = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(
@@ -428,8 +432,7 @@ def start_compiling():
 
 def stop_compiling(e):
     raw_model._compiled_call_impl = None # what raw_model.compile() sets
-    reason = next((line.strip() for line in str(e).splitlines() if line.strip()), '')
-    say(f"torch.compile cannot work here ({type(e).__name__}: {reason[:200]}); going on without it")
+    say(f"torch.compile cannot work here ({type(e).__name__}: {first_line(e)}); going on without it")
 
 if compiles and not eval_only:
     start_compiling()
@@ -541,8 +544,9 @@ def start_wandb():
     try:
         return wandb.init(project=wandb_project, name=out_dir, config=config, id=saved.get('wandb_id'), resume='allow',
                           tags=wandb_tags.split(',') if wandb_tags else None)
-    except wandb.Error as e: # no account, no network, a project that is not yours
-        fail(f"Weights & Biases does not start ({e}): try wandb login, or leave wandb_log off; log.csv has the same numbers")
+    except Exception as e: # no account, no network, a wrong mode: its kinds of exception are many, the news is one
+        fail(f"Weights & Biases does not start ({type(e).__name__}: {first_line(e)}): try wandb login, or "
+             "leave wandb_log off; log.csv has the same numbers")
 
 def set_aside_what_came_later():
     """ going on from an older checkpoint is another run from there: what the folder has of the later iterations gets names of its own """

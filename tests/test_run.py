@@ -387,7 +387,7 @@ def test_one_run_of_weights_and_biases_across_resumes(corpus, tmp_path):
     env = {'PYTHONPATH': str(tmp_path), 'WANDB_FILE': str(tmp_path / 'calls')}
     args = [*TINY, *QUICK, '--wandb_log=True', f'--dataset={corpus}', f'--out_dir={tmp_path}/run', '--max_iters=3']
     failed = process(*args, env=env | {'WANDB_FAILS': '1'})
-    assert failed.returncode == 2 and 'does not start (no API key)' in failed.stderr and not (tmp_path / 'run').exists()
+    assert failed.returncode == 2 and 'does not start (Error: no API key)' in failed.stderr and not (tmp_path / 'run').exists()
     assert process(*args, env=env).returncode == 0
     assert process('--init_from=resume', '--max_iters=5', f'--out_dir={tmp_path}/run', env=env).returncode == 0
     calls = [json.loads(line) for line in (tmp_path / 'calls').read_text().splitlines()]
