@@ -16,6 +16,12 @@ def fail(sentence):
     print('error:', ' '.join(sentence.split()), file=sys.stderr)
     raise SystemExit(2)
 
+def print_anything():
+    """ from now on stdout and stderr show any text: what their encoding has no character for is printed as an escape """
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'): # not of None, which a closed stream is, nor of a test's own stream
+            stream.reconfigure(errors='backslashreplace')
+
 def shown(value):
     """ a value as one would type it; never an exception, though ints of more than 4300 digits have no repr """
     try:
