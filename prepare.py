@@ -20,6 +20,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import codecs
 import importlib.util
 import inspect
 import json
@@ -63,21 +64,40 @@ class PrepareError(Exception):
 # -----------------------------------------------------------------------------
 # files
 
-def read_text(path, expected=''):
-    """ a file's text as it is, less a byte order mark; expected: the checksum it must have, if given """
+# how a text begins that names its encoding. UTF-32 comes first, because its mark begins with that of UTF-16
+_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32', codecs.BOM_UTF8: 'UTF-8',
+          codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
+
+def read_text(path, expected='', may_be_empty=False):
+    """
+    The text of a file as str: UTF-8, or what its byte order mark names, without the mark. Every line ends in \\n: this is
+    the place that turns \\r\\n and a lone \\r into it, whoever reads. expected: the checksum that the bytes must have, if any.
+    """
     path = os.path.expanduser(path)
     try:
         with open(path, 'rb') as f:
             data = f.read()
         check_sum(path, expected)
-        text = data.decode('utf-8').removeprefix('\ufeff')
+        encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), 'UTF-8')
+        text = data.decode(encoding).removeprefix('\ufeff')
     except OSError as e:
         raise PrepareError(f"cannot read {path}: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
-        raise PrepareError(f"{path} is not UTF-8 text: byte {data[e.start]:#04x} at offset {e.start}") from None
-    if not text:
+        raise PrepareError(f"{path} is not {encoding} text: byte {data[e.start]:#04x} at offset {e.start}") from None
+    if not text and not may_be_empty:
         raise PrepareError(f"{path} is empty")
-    return text
+    if '\0' in text:
+        raise PrepareError(f"{path} has a NUL character at position {text.index(chr(0))}, which no text has: it is another "
+                           "kind of file, or UTF-16 without a byte order mark; save it as UTF-8")
+    return unix_lines(text)
+
+def unix_lines(text):
+    """ the same text (str) with \\n at the end of every line, whichever system it was written on """
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+def is_text_file(path):
+    """ does its name say that it is plain text? """
+    return path.lower().endswith(('.txt', '.text'))
 
 def file_sum(path, like=''):
     """ sha256 of a file in hex, or its git blob id where `like` has the 40 digits of one """

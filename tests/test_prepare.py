@@ -96,14 +96,14 @@ def test_gpt2_without_network(tmp_path):
 
 @pytest.mark.parametrize('kind', ['char', 'byte', 'gpt2'])
 def test_bins_are_the_encoding_and_meta_their_sums(kind, gpt2, tmp_path):
-    last = '<|endoftext|>\r\n' * 100
-    texts = {'a/1.txt': BOOK, 'a/2.txt': 'z' * 3000, 'b/3.txt': '', 'b/c/4.txt': last, 'b/5.md': '#'}
+    last = '<|endoftext|>\n' * 100
+    texts = {'a/1.txt': BOOK, 'a/2.txt': 'z' * 3000, 'b/3.txt': '', 'b/c/4.txt': last.replace('\n', '\r\n'), 'b/5.md': '#'}
     for name, text in texts.items():
         write(tmp_path / name, text)
     prepare.prepare('text', str(tmp_path / 'out'), kind, input=f'{tmp_path}/**/*.txt', val_fraction=0.3)
     corpus, whole = Corpus(str(tmp_path / 'out')), BOOK + 'z' * 3000 + last
     cut = int(len(whole) * 0.7)
-    expected = {'train': [BOOK, whole[len(BOOK):cut]], 'val': [whole[cut:-1500], whole[-1500:]]} # 2.txt straddles
+    expected = {'train': [BOOK, whole[len(BOOK):cut]], 'val': [whole[cut:-len(last)], last]} # 2.txt straddles
     for split, ids in bins(tmp_path / 'out').items():
         encoded = [np.append(corpus.tokenizer.encode(d), corpus.meta['end_id']) for d in expected[split]]
         assert (ids == np.concatenate(encoded)).all() and ids.max() < corpus.meta['text_size']
@@ -167,6 +167,68 @@ def test_all_or_nothing(victim, book, tmp_path, monkeypatch):
     after = {path: open(path, 'rb').read() for path in glob.glob(f'{book}/*')}
     assert after == before if victim != 'replace' else f'{book}/meta.json' not in after # half renamed: not prepared
     assert not glob.glob(f'{book}/*.tmp')
+
+# text as it comes, from whichever editor and system
+
+SAID = 'One day,\tsaid she,\n\n\nit is “late” 😀.\nNo?'
+ENDS = {'unix': '\n', 'windows': '\r\n', 'old mac': '\r'}
+MARKED = {'no mark': ('', 'utf-8'), 'utf-8': ('\ufeff', 'utf-8'), 'utf-16, little end': ('\ufeff', 'utf-16-le'),
+          'utf-16, big end': ('\ufeff', 'utf-16-be'), 'utf-32, little end': ('\ufeff', 'utf-32-le'), 'utf-32, big end': ('\ufeff', 'utf-32-be')}
+
+@pytest.mark.parametrize('mark', MARKED)
+@pytest.mark.parametrize('end', ENDS)
+def test_a_text_is_the_same_whoever_wrote_it(tmp_path, mark, end):
+    (mark, encoding), last = MARKED[mark], SAID + '\n'
+    for text in SAID, last, '\n' + last:
+        path = write(tmp_path / 'a.txt', (mark + text.replace('\n', ENDS[end])).encode(encoding))
+        assert prepare.read_text(str(path)) == text
+        assert prepare.read_text(str(path), prepare.file_sum(path)) == text # of the bytes as they are
+
+def test_mixed_line_ends_and_what_is_no_line_end(tmp_path):
+    path = write(tmp_path / 'a.txt', 'a\r\n\rb\n\r\nc\r\r\n\x0b\x0c\x85\u2028 \t\ufeff')
+    assert prepare.read_text(str(path)) == 'a\n\nb\n\nc\n\n\x0b\x0c\x85\u2028 \t\ufeff'
+
+@pytest.mark.parametrize('data, says', [
+    (b'', 'is empty'), (b'\xef\xbb\xbf', 'is empty'), ('\ufeff'.encode('utf-16-le'), 'is empty'),
+    (b'\xff\xfea', 'is not UTF-16 text'), ('\ufeffa'.encode('utf-16-le') + b'\x00\xd8', 'is not UTF-16 text'),
+    (b'ab\x00c', 'has a NUL character at position 2'), ('a text'.encode('utf-16-le'), 'has a NUL character at position 1'),
+    ('a text'.encode('utf-16-be'), 'save it as UTF-8'), (b'\x89PNG\r\n\x1a\n\x00\x00', 'is not UTF-8 text: byte 0x89 at offset 0')])
+def test_what_is_no_text(tmp_path, data, says):
+    path = str(write(tmp_path / 'a.txt', data))
+    for read in (lambda: prepare.read_text(path), lambda: prepare.prepare('text', str(tmp_path / 'out'), input=path),
+                 lambda: prepare.prepare('records', str(tmp_path / 'out'), input=path)):
+        with pytest.raises(PrepareError, match=says):
+            read()
+
+def test_every_reader_of_text_takes_every_line_end(tmp_path, monkeypatch):
+    """ the same tokens from \\n and from \\r\\n behind a byte order mark: text, shakespeare_char, wikitext2 """
+    article = ' \n = {} = \n \n Some = equal = signs . \n'
+    text = ''.join(map(article.format, ('One', 'Two'))) * 9
+    found = {}
+    for kind, change in ('unix', str), ('windows', lambda text: '\ufeff' + text.replace('\n', '\r\n')), ('trimmed', lambda text: text.replace(' \n', '\n')):
+        for name in 'train', 'valid', 'test':
+            write(tmp_path / kind / f'{name}.txt', change(text))
+        for name, place in ('text', 'train.txt'), ('shakespeare_char', 'train.txt'), ('wikitext2', ''):
+            prepare.prepare(name, str(tmp_path / name), 'byte', input=str(tmp_path / kind / place))
+            found[kind, name] = {split: ids.tobytes() for split, ids in bins(tmp_path / name).items()}
+            documents = {n['documents'] for n in Corpus(str(tmp_path / name)).meta['splits'].values()}
+            assert documents == ({18} if name == 'wikitext2' else {1})
+    for name in 'text', 'shakespeare_char', 'wikitext2':
+        assert found['unix', name] == found['windows', name] != found['trimmed', name]
+
+def test_a_folder_of_text_files_of_any_spelling(tmp_path):
+    names = ['a.txt', 'B.TXT', 'c.Txt', 'd.text', 'e.TEXT']
+    for name in [*names, 'f.md', 'txt', 'g.txt.gz', '.h.txt', 'i.txt~']:
+        write(tmp_path / 'in' / name, name[0] * 100)
+    write(tmp_path / 'in' / 'j.txt' / 'k.txt', 'a folder that is called like a file')
+    write(tmp_path / 'in' / 'l.txt', '\ufeff') # empty, but for its mark
+    prepare.prepare('text', str(tmp_path / 'out'), input=str(tmp_path / 'in'))
+    meta = Corpus(str(tmp_path / 'out')).meta
+    assert meta['files'] == 5 and meta['chars'] == 'Bacde' and meta['closed']
+    write(tmp_path / 'no' / 'a.txt', '')
+    write(tmp_path / 'no' / 'b.txt', '\ufeff')
+    with pytest.raises(PrepareError, match='all of the 2 files of .*no are empty'):
+        prepare.prepare('text', str(tmp_path / 'out'), input=str(tmp_path / 'no'))
 
 # downloads, from a server of our own
 

@@ -91,6 +91,46 @@ def test_four_levels_and_plain_text(tmp_path):
     row = {k: corpus.tokenizer.decode(v) for k, v in Layout(corpus.meta, range(512)).parts(corpus.raw('train', [0])[0]).items()}
     assert row == {'question': 'a0 a1', 'plan': 'a2 a3', 'execution': 'a4 a5 a6 a7'}
 
+# ---- as editors write them
+
+PARAGRAPHS = [' '.join(f'{p}{w}' for w in range(8)) for p in 'abcd']
+SPLITS = [{'question': f'{p}0 {p}1', 'plan': f'{p}2 {p}3', 'execution': f'{p}4 {p}5 {p}6 {p}7'} for p in 'abcd']
+
+def contents(folder):
+    """ the records of a prepared folder, train first """
+    corpus = Records(folder)
+    decoded = lambda row: {name: corpus.tokenizer.decode(ids) for name, ids in Layout(corpus.meta, range(corpus.layout.edges[-1])).parts(row).items()}
+    return [decoded(row) for split in ('train', 'val') for row in corpus.raw(split, slice(None))]
+
+@pytest.mark.parametrize('name', ['a.txt', 'A.TXT', 'a.Txt', 'a.text'])
+@pytest.mark.parametrize('blank', ['\n\n', '\r\n\r\n', '\r\r', '\n \n', '\n\t \n', '\r\n \t\r\n', '\n\n\n\n', '\n\r\n', '\n\xa0\n', '\n \n\t\n\n'])
+def test_paragraphs_of_every_system(tmp_path, name, blank):
+    for first, last in ('', ''), ('\ufeff', blank), (blank, '\n'):
+        text = first + blank.join(PARAGRAPHS[:2] + ['too short'] + PARAGRAPHS[2:]) + last
+        path = write(tmp_path / name, text.replace('a3 ', 'a3\r\n')) # a line end within a paragraph
+        assert contents(prepare.prepare('records', str(tmp_path / 'out'), input=str(path))) == SPLITS
+    for n, says in (1, 'max_records is 1, expected 0'), (-1, 'max_records is -1, expected 0'):
+        with pytest.raises(PrepareError, match=says):
+            prepare.prepare('records', str(tmp_path / 'out'), input=str(path), max_records=n)
+
+@pytest.mark.parametrize('name', ['a.json', 'A.JSONL'])
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+@pytest.mark.parametrize('mark, encoding', [('', 'utf-8'), ('\ufeff', 'utf-8'), ('\ufeff', 'utf-16-le')])
+def test_json_of_every_system(tmp_path, name, end, mark, encoding):
+    """ an array, pretty printed, and lines of JSON, some of them blank, two files put together """
+    records = [{**r, 'plan': r['plan'] + '\r\nThen\rsay so. 😀\u2028'} for r in TEN] # a JSON string holds any line end
+    lines = '\n'.join(map(json.dumps, records[:5])), '\n'.join(f' {json.dumps(r, ensure_ascii=False)}\t' for r in records[5:])
+    for text in json.dumps(records, indent=1), f'\n{lines[0]}\n \t\n\n{mark}{lines[1]}', lines[0] + '\n' + lines[1] + '\n \n\n':
+        path = write(tmp_path / name, (mark + text.replace('\n', end)).encode(encoding))
+        found = contents(prepare.prepare('records', str(tmp_path / 'out'), input=str(path)))
+        assert found == [{k: v.replace('\r\n', '\n').replace('\r', '\n') for k, v in r.items() if k != 'id'} for r in records]
+
+def test_what_no_record_can_hold(tmp_path):
+    with pytest.raises(PrepareError, match="my.json, record 2 .*'plan' has half of a character, .*ud83d.*, expected text"):
+        mine(tmp_path, [TEN[0], {**TEN[1], 'plan': 'cut \ud83d'}])
+    with pytest.raises(PrepareError, match='plain text is a file that ends in .txt'):
+        mine(tmp_path, '\n\n'.join(PARAGRAPHS))
+
 # ---- rows: end 5, pad 8
 
 @pytest.mark.parametrize('ids, idx, blocks', [
@@ -176,6 +216,9 @@ def test_gsm8k_plans(tmp_path):
     for r in found['train'] + found['test']:
         assert r['plan'] == 'She sold ? clips in May.\nShe paid ?.\nSo she is done.'
         assert r['execution'] == 'She sold 48/2 = 24 clips in May.\nShe paid $10.\nSo she is done.\n#### 24'
+    for split in 'train', 'test': # and from windows
+        write(tmp_path / f'{split}.jsonl', '\ufeff' + '\r\n\r\n'.join(json.dumps({**r, 'answer': r['answer'].replace('\n', '\r\n')}) for r in plain))
+    assert script.corpus('', input=str(tmp_path))['splits'] == found
     write(tmp_path / 'train_socratic.jsonl', (tmp_path / 'test_socratic.jsonl').read_text())
     found = script.corpus('', input=str(tmp_path), marks=True)['splits']
     assert found['val'][0]['plan'] == 'How many in May?\nHow much?\nIs she?' and found['test'][0]['execution'] == solution

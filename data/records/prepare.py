@@ -4,12 +4,14 @@ $ python prepare.py records --input=my.json --dataset=mine
 $ python prepare.py records --input=my.json --dataset=mine --segments='question:64,plan:64,check:32,execution:96' --max_records=1000
 $ python prepare.py records --input=book.txt --dataset=book
 
-The last val_fraction of the records, at least one, is val. Of a file that ends in .txt every paragraph (blank lines between) of at least
-8 words is a record. Fields are the names of the segments; others are left aside.
+The last val_fraction of the records, at least one, is val. --max_records=1000 takes only the first so many; 0: all.
+Of a file that ends in .txt or .text every paragraph of at least 8 words is a record; a blank line ends a paragraph, also one of spaces
+and tabs. Fields are the names of the segments; others are left aside.
 """
 import json
+import re
 
-from prepare import PrepareError, nearest, read_text
+from prepare import PrepareError, is_text_file, nearest, read_text, unix_lines
 
 tokenizer = 'byte'
 segments = 'question:128,plan:128,execution:256'
@@ -21,6 +23,12 @@ def split_text(text, fields):
     edges = [i * len(words) // n for i in range(len(fields))] + [len(words)]
     return {field: ' '.join(words[a:b]) for field, a, b in zip(fields, edges, edges[1:])}
 
+def first(records, max_records):
+    """ the first max_records of a list, all where it is 0 """
+    if max_records < 0 or max_records == 1:
+        raise PrepareError(f"max_records is {max_records}, expected 0 for all, or at least 2: one for train and one for val")
+    return records[:max_records or None]
+
 def read_records(path, fields, max_records=0):
     """ a JSON array or JSON Lines of objects whose `fields` are text -> list of dicts; records count from 1 in what is said of them """
     text = read_text(path)
@@ -30,33 +38,37 @@ def read_records(path, fields, max_records=0):
         else:
             records, at = [], 0
             for at, line in enumerate(text.split('\n'), 1): # not splitlines: JSON may hold U+2028
-                if line.strip():
+                line = line.strip(' \t\ufeff') # files that were put together keep the byte order mark of each
+                if line:
                     records.append(json.loads(line))
     except (ValueError, RecursionError) as e:
         where = f"line {e.lineno if text.lstrip().startswith('[') else at}" if isinstance(e, json.JSONDecodeError) else "it"
-        raise PrepareError(f"{path} is neither a JSON array nor JSON Lines: {where} makes no sense ({getattr(e, 'msg', e)})") from None
+        raise PrepareError(f"{path} is neither a JSON array nor JSON Lines: {where} makes no sense ({getattr(e, 'msg', e)}); "
+                           "plain text is a file that ends in .txt") from None
     if len(records) < 2:
         raise PrepareError(f"{path} has {len(records)} records, expected at least 2: one for train and one for val")
-    if max_records == 1:
-        raise PrepareError("max_records is 1, expected at least 2: one for train and one for val")
-    records = records[:max_records or None]
+    records = first(records, max_records)
     for i, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise PrepareError(f"{path}, record {i} is {json.dumps(record)[:40]}, expected an object with the fields {', '.join(fields)}")
         named = f"{path}, record {i}" + (f" (id {record['id']!r})" if 'id' in record else '')
         for field in fields:
             if field not in record:
-                raise PrepareError(f"{named} has no field {field!r}, only {', '.join(map(repr, record)) or 'none at all'}{nearest(field, record)}")
+                others = [key for key in record if key not in fields]
+                raise PrepareError(f"{named} has no field {field!r}, only {', '.join(map(repr, record)) or 'none at all'}{nearest(field, others)}")
             if not isinstance(record[field], str) or not record[field].strip():
                 raise PrepareError(f"{named}: the field {field!r} is {json.dumps(record[field])[:40]}, expected text")
+            if re.search('[\ud800-\udfff]', record[field]):
+                raise PrepareError(f"{named}: the field {field!r} has half of a character, {json.dumps(record[field])[:40]}, expected text")
+            record[field] = unix_lines(record[field]) # JSON writes line ends as escapes, which read_text does not see
     return records
 
 def corpus(fields, input, max_records=0, val_fraction=0.1):
-    if input.endswith('.txt'):
-        paragraphs = [p for p in read_text(input).split('\n\n') if len(p.split()) >= 8]
+    if is_text_file(input):
+        paragraphs = [p for p in re.split(r'\n\s*\n', read_text(input)) if len(p.split()) >= 8]
         if len(paragraphs) < 2:
             raise PrepareError(f"{input} has {len(paragraphs)} paragraphs of at least 8 words, expected 2: put blank lines between them")
-        records = [split_text(p, fields) for p in paragraphs[:max_records or None]]
+        records = [split_text(p, fields) for p in first(paragraphs, max_records)]
     else:
         records = read_records(input, fields, max_records)
     if not 0 < val_fraction < 1:

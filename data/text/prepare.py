@@ -1,5 +1,5 @@
 """
-Your own UTF-8 text: one file, all *.txt of a folder, or a pattern.
+Your own text, UTF-8 or with a byte order mark: one file, all of a folder that end in .txt or .text, or a pattern.
 $ python prepare.py text --input=book.txt --dataset=book
 $ python prepare.py text --input='books/**/*.txt' --tokenizer=byte --dataset=books
 
@@ -9,16 +9,21 @@ each is a document and the end id follows it (also where the cut falls). Empty f
 import glob
 import os
 
-from prepare import PrepareError, read_text, split_documents
+from prepare import PrepareError, is_text_file, read_text, split_documents
 
 tokenizer = 'char'
 
 def corpus(input, val_fraction=0.1):
     place = os.path.expanduser(input)
-    pattern = os.path.join(glob.escape(place), '*.txt') if os.path.isdir(place) else place
-    files = [place] if os.path.isfile(place) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if os.path.isdir(place):
+        found = filter(is_text_file, glob.glob(os.path.join(glob.escape(place), '*')))
+    else:
+        found = [place] if os.path.isfile(place) else glob.glob(place, recursive=True)
+    files = sorted(filter(os.path.isfile, found))
     if not files:
-        raise PrepareError(f"no file matches {pattern}: --input= is a file, a folder with *.txt, or a quoted pattern")
-    files = [path for path in files if os.path.getsize(path)] or files[:1]
-    splits = split_documents([read_text(path) for path in files], val_fraction)
-    return {'splits': splits, 'closed': len(files) > 1, 'source': input, 'files': len(files)}
+        raise PrepareError(f"no file matches {place}: --input= is a file, a folder with *.txt, or a quoted pattern")
+    texts = list(filter(None, [read_text(path, may_be_empty=len(files) > 1) for path in files]))
+    if not texts:
+        raise PrepareError(f"all of the {len(files)} files of {place} are empty")
+    splits = split_documents(texts, val_fraction)
+    return {'splits': splits, 'closed': len(texts) > 1, 'source': input, 'files': len(texts)}

@@ -4,7 +4,7 @@ $ python prepare.py wikitext2
 $ python prepare.py wikitext2 --input=FOLDER   # train.txt, valid.txt and test.txt that you have
 
 Every article is a document, from the blank line before its ` = Title = ` heading on (60 in val, 60 in test).
-Put together they are the file again, character for character.
+Put together they are the file again, character for character (as read_text gives it).
 """
 import os
 import re
@@ -19,8 +19,8 @@ SUMS = ['2d84b35af79e411d73ea7cae83c73964c6ac83b4', 'eec944eb2d9e46061cd34a69135
         '6f3fc88e4cd88456ea892971f9f12243e8428624']
 
 def articles(text):
-    """ cut before every top heading: a title between single equals signs, blank lines around it """
-    return [part for part in re.split(r'(?m)^(?= ?\n = [^=\n].* = \n ?\n)', text) if part]
+    """ cut before every top heading: a title between single equals signs, blank lines around it, with or without spaces """
+    return [part for part in re.split(r'(?m)^(?=[ \t]*\n = [^=\n].* =[ \t]*\n[ \t]*\n)', text) if part]
 
 def corpus(folder, input='', url=URL, sha256=''):
     sums = sha256.split(',') if sha256 else [''] * 3 if input else SUMS
