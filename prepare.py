@@ -5,10 +5,14 @@ $ python prepare.py python_docs              # three megabytes that come with py
 $ python prepare.py text --input='books/**/*.txt' --tokenizer=byte --dataset=books
 $ python prepare.py records --input=my.json --dataset=mine   # question, plan, execution
 
-NAME is a folder under data/ whose prepare.py says `tokenizer = 'char'` and defines corpus(). Its parameters are the
-settings it takes (and `folder`, where downloads may stay), those without a default must be given, and it returns
+NAME is a folder under data/ whose prepare.py says `tokenizer = 'char'` and defines corpus(). Its parameters are settings:
+corpus(n=500) takes --n=300, and python prepare.py NAME --help shows all of them below the script's docstring. A parameter
+has the type of its default or annotation (a number, text, True or False), and must be given if it has no default.
+`folder`, where downloads may stay, and `fields`, the names of the segments, are no settings; a parameter that is called
+like a setting below is that setting. corpus() returns
     {'splits': {'train': [document, ...], 'val': [...]}, 'closed': bool, ...}
-Documents are str; closed: the end id follows every document. The rest of what it returns is kept in meta.json.
+Documents are str; closed: the end id follows every document. The rest of what it returns is kept in meta.json, and what
+corpus() was called with is its 'settings', defaults included; a checkpoint has a copy of meta.json.
 A script that also says `segments = 'question:128,plan:128,execution:256'` has records for documents, dicts with these
 names; then .bin is rows of that many tokens, every segment at its own place, an end id behind it and pad ids up to the next.
 
@@ -16,11 +20,11 @@ A prepared folder has one SPLIT.bin per split, raw token ids as uint16 (uint32 i
 last: without it a folder is not prepared. Ids of text come first, then end, begin, [MASK], pad. No .bin holds an id of
 text_size or more, except pads between segments.
 """
+import codecs
 import contextlib
 import functools
 import glob
 import hashlib
-import codecs
 import importlib.util
 import inspect
 import json
@@ -31,14 +35,14 @@ import time
 
 import numpy as np
 
-from configurator import configure, fail, nearest
+from configurator import configure, fail, nearest, print_anything
 
 # settings
 input = '' # a local file, folder or glob to use instead of the download
 url = '' # another place to download from
 sha256 = '' # expected checksums, comma-separated, when url or input is not the usual file
 tokenizer = '' # char, byte or gpt2; '' is the dataset's own
-val_fraction = 0.1 # share of the characters that becomes val (text only)
+val_fraction = 0.1 # share of the characters, or of the records, that becomes val
 dataset = '' # name or path of the folder to write; '' is data/NAME
 # of records
 question_len = 0 # tokens of the question, its end id included; 0: the dataset's own, and so on
@@ -47,10 +51,9 @@ exec_len = 0
 segments = '' # any levels instead of these three, the question first: question:128,plan:128,check:32,execution:256
 too_long = 'drop' # drop | truncate: what happens to records that do not fit
 var_length = False # segments as long as the longest in the data, in steps of 16 tokens, but no longer than the lengths above
-max_records = 0 # only the first so many; arithmetic, which has no end: so many problems
-difficulty = 0 # arithmetic: a problem takes up to so many steps
-seed = 0 # arithmetic: another seed, other problems
-marks = False # gsm8k: keep the calculator's <<2*3=6>>
+# and whatever the dataset's corpus() takes: python prepare.py NAME --help
+
+_OWN = {key: value for key, value in dict(globals()).items() if key[0] != '_' and isinstance(value, (int, float, str))}
 
 _FORMAT = 1 # of meta.json (public scalars are settings, hence the underscore)
 _DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
@@ -132,6 +135,8 @@ def replacing(*paths):
             os.remove(paths[-1])
         for name, path in zip(temporary, paths):
             os.replace(name, path)
+    except BrokenPipeError: # of a message about it, which nobody reads any more
+        raise
     except OSError as e:
         raise PrepareError(f"cannot write {paths[-1]}: {e.strerror or e}") from None
     finally:
@@ -271,10 +276,10 @@ def read_segments(text):
 
 def without(lengths, skip):
     """ {segment: tokens} less the names in skip, 'plan,check' """
-    gone = [name.strip() for name in skip.split(',') if name.strip()]
+    gone, expected = [name.strip() for name in skip.split(',') if name.strip()], [*lengths][1:]
     for name in gone:
-        if name not in [*lengths][1:]:
-            raise PrepareError(f"skip names {name!r}, expected some of {', '.join([*lengths][1:])}{nearest(name, lengths)}")
+        if name not in expected:
+            raise PrepareError(f"skip names {name!r}, expected some of {', '.join(expected)}{nearest(name, expected)}")
     return {name: n for name, n in lengths.items() if name not in gone}
 
 def segments_text(lengths):
@@ -391,9 +396,10 @@ def names():
     return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f'{glob.escape(_DATA)}/*/prepare.py'))
 
 def data_folder(dataset):
-    """ a bare name lives under data/ beside this file; whatever looks like a path is one """
-    path = '/' in dataset or os.sep in dataset or dataset.startswith('.')
-    return os.path.expanduser(dataset) if path else os.path.join(_DATA, dataset)
+    """ a bare name lives under data/ beside this file; whatever looks like a path is one, with ~ for the home folder """
+    place = os.path.expanduser(dataset)
+    path = place != dataset or '/' in dataset or os.sep in dataset or dataset.startswith('.')
+    return place if path else os.path.join(_DATA, dataset)
 
 def load(folder, file):
     """ folder/file as a module. Its name has the folder's in it: in data/ they are all called prepare or provider """
@@ -408,39 +414,95 @@ def provider(dataset, file='provider.py'):
     folder = data_folder(dataset)
     return vars(load(folder, file)) if os.path.exists(os.path.join(folder, file)) else {}
 
-def prepare(name, dataset='', tokenizer='', **settings):
-    """ write the folder `dataset` ('' is data/<name>) as data/<name>/prepare.py says, all or nothing; returns it """
-    started = time.time()
+def read_script(name):
+    """ data/<name>/prepare.py as a module """
     if name not in names():
         what = f"data/ has no {name}/prepare.py" if name else "say what to prepare"
         raise PrepareError(f"{what}: python prepare.py NAME knows {', '.join(names())}{nearest(name, names())}")
-    script = load(os.path.join(_DATA, name), 'prepare.py')
-    folder, own, lengths = data_folder(dataset or name), {}, {}
-    if hasattr(script, 'segments'):
-        own = {key: settings.pop(key) for key in (*_LENGTHS, 'segments', 'too_long', 'var_length') if key in settings}
-        lengths = choose_lengths(script.segments, own)
-    accepted = dict(inspect.signature(script.corpus).parameters)
-    for key, value in ('folder', folder), ('fields', list(lengths)): # what a script may ask for that is no setting
-        if accepted.pop(key, None):
-            settings[key] = value
-    for key in settings.keys() - accepted.keys() - {'folder', 'fields'}:
-        raise PrepareError(f"{name} has no use for --{key}, only for {', '.join(accepted) or 'its text as it is'}")
+    return load(os.path.join(_DATA, name), 'prepare.py')
+
+def parameters(script):
+    """ {name: inspect.Parameter}: what corpus() can be told by name """
+    found = inspect.signature(script.corpus, eval_str=True).parameters # of `from __future__ import annotations` too
+    return {key: p for key, p in found.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+_ALWAYS = 'dataset', 'tokenizer' # prepare.py has a use for them whatever it prepares,
+_OF_RECORDS = (*_LENGTHS, 'segments', 'too_long', 'var_length') # and for these where there are segments
+_NO_SETTINGS = 'folder', 'fields' # what corpus() may ask for and nobody sets
+_ANYTHING = bool | int | float | str | None # the type of a parameter with neither a default nor an annotation
+
+def settings_of(script):
+    """
+    ({setting: default}, {setting: type}) of `python prepare.py NAME`: the parameters of corpus(), then what prepare.py itself
+    has a use for. None is the default of a parameter that must be given. The types are those that defaults do not say.
+    """
+    settings, types = {}, {}
+    for key, parameter in parameters(script).items():
+        default = None if parameter.default is parameter.empty else parameter.default
+        if key in _OWN:
+            default = _OWN[key] if default is None or key in _ALWAYS + _OF_RECORDS else type(_OWN[key])(default)
+        elif parameter.annotation is not parameter.empty:
+            types[key] = parameter.annotation
+        elif default is None:
+            types[key] = _ANYTHING
+        if key not in _NO_SETTINGS:
+            settings[key] = default
+    for key in _ALWAYS + _OF_RECORDS * hasattr(script, 'segments'):
+        settings.setdefault(key, _OWN[key])
+    return settings, types
+
+def as_typed(value):
+    """ what was typed for a parameter of any type: a number, True or False is meant as such, all else as text """
+    for read in int, float, {'True': True, 'False': False}.__getitem__:
+        with contextlib.suppress(ValueError, KeyError):
+            return read(value) if isinstance(value, str) else value
+    return value
+
+def no_use(name, key, takes):
+    """ the sentence for a setting that is not among those that `name` takes """
+    return f"{name} has no use for --{key}, only for {', '.join(takes) or 'its text as it is'}{nearest(key, takes)}"
+
+def arguments(name, accepted, settings, known):
+    """ what corpus() is called with, {parameter: value}: `known` by prepare.py itself, or given as settings. accepted: see parameters """
+    takes = [key for key in accepted if key not in _NO_SETTINGS]
+    for key in settings:
+        if key not in takes:
+            raise PrepareError(no_use(name, key, takes))
+    told = settings | {key: value for key, value in known.items() if key in accepted}
     for key, parameter in accepted.items():
-        if parameter.default is parameter.empty and key not in settings:
+        if parameter.default is parameter.empty and key not in told:
             raise PrepareError(f"{name} needs to know its {key}: python prepare.py {name} --{key}=...")
-    if {'input', 'url'} <= settings.keys():
+    if {'input', 'url'} <= told.keys():
         raise PrepareError("--input= reads a local copy and --url= downloads one: give only one of them")
+    if told.get('input'): # no shell replaces the ~ of --input=~/book.txt
+        told['input'] = os.path.expanduser(told['input'])
+    return told
+
+def prepare(name, /, dataset='', tokenizer='', **settings):
+    """ write the folder `dataset` ('' is data/<name>) as data/<name>/prepare.py says, all or nothing; returns it """
+    started = time.time()
+    script = read_script(name)
+    folder, own, lengths = data_folder(dataset or name), {}, {}
+    kind, accepted = tokenizer or script.tokenizer, parameters(script)
+    known = {'folder': folder, 'dataset': dataset or name, 'tokenizer': kind}
+    if hasattr(script, 'segments'):
+        own = {key: settings.pop(key) for key in _OF_RECORDS if key in settings}
+        lengths = choose_lengths(script.segments, own)
+        known |= {key: _OWN[key] for key in _OF_RECORDS} | own
+    known['fields'] = list(lengths)
+    told = arguments(name, accepted, settings, known)
 
     print(f"preparing {folder}", flush=True)
-    corpus = script.corpus(**settings)
+    corpus = script.corpus(**told)
     if not isinstance(corpus, dict) or not {'splits', 'closed'} <= corpus.keys():
         raise PrepareError(f"corpus() of data/{name}/prepare.py returns no dict of splits and closed, such as {{'splits': {{'train': [...], 'val': [...]}}, 'closed': False}}")
     splits = corpus.pop('splits')
-    kind, documents = tokenizer or script.tokenizer, sum(splits.values(), [])
+    documents = sum(splits.values(), [])
     documents = [record[key] for record in documents for key in lengths] if lengths else documents
     meta = {'format': _FORMAT, 'dataset': name, **vocabulary(kind, documents, corpus['closed'])}
     meta['dtype'] = 'uint16' if meta['vocab_size'] <= 65535 else 'uint32'
-    meta |= {'splits': {}, **corpus}
+    used = {key: told.get(key, parameter.default) for key, parameter in accepted.items() if key not in _NO_SETTINGS}
+    meta |= {'splits': {}, **corpus, 'settings': json.loads(json.dumps(used, default=str))} # str: of what JSON has not
     codec, reports, characters = Tokenizer(meta), {}, {}
     for split, texts in splits.items():
         characters[split] = sum(len(text[key]) for text in texts for key in lengths) if lengths else sum(map(len, texts))
@@ -492,7 +554,7 @@ def read_meta(dataset):
     path = os.path.join(data_folder(dataset), 'meta.json')
     again = f"python prepare.py {dataset if dataset in names() else f'NAME --dataset={dataset}'}"
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f: # an editor may have put a byte order mark there
             meta = json.load(f)
         if meta['format'] > _FORMAT:
             raise PrepareError(f"{path} has format {meta['format']}, newer than {_FORMAT}: update this or run {again}")
@@ -610,14 +672,28 @@ def open_corpus(dataset, block_size, skip=''):
     return corpus, total
 
 def main(argv):
-    defaults = configure(globals(), [])
-    bare = [a for a in argv[:1] if not a.startswith('-')] # NAME comes first
-    changed = {k: v for k, v in configure(globals(), argv[len(bare):]).items() if v != defaults[k]}
+    print_anything()
+    name = next((arg for arg in argv[:1] if not arg.startswith('-')), '') # it comes first
+    argv = argv[1:] if name else argv
     try:
-        prepare(*bare or [''], **changed)
+        script = read_script(name) if name else sys.modules[__name__]
+        settings, types = settings_of(script) if name else (_OWN, {})
+        for key in [arg.removeprefix('--').partition('=')[0] for arg in argv]:
+            if key in _OWN and key not in settings:
+                raise PrepareError(no_use(name, key, settings))
+        told = configure({'__file__': __file__, '__doc__': script.__doc__, '__annotations__': types} | settings, argv)
+        told |= {key: as_typed(value) for key, value in told.items() if types.get(key) is _ANYTHING}
+        given = {key: value for key, value in told.items() if value != settings[key]}
+        prepare(name, **{key: value for key, value in given.items() if key not in _OWN or value != ''})
     except PrepareError as e:
         fail(str(e))
 
 if __name__ == '__main__':
     sys.modules['prepare'] = sys.modules['__main__'] # data scripts import prepare: this one, not a second copy
-    main(sys.argv[1:])
+    try:
+        try:
+            main(sys.argv[1:])
+        finally:
+            print(end='', flush=True) # here, where it can be caught
+    except BrokenPipeError: # whoever reads what we print, such as head, has enough
+        os._exit(141) # as if by SIGPIPE, and at once: python would flush again, and complain

@@ -19,11 +19,11 @@ ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
 DEAD = 'http://127.0.0.1:9' # nobody listens there: as a proxy it is "no network"
 BOOK = ''.join(random.Random(1).choices('abc de\n', k=5000)) + 'é😀'
 
-def run(*args, **env):
+def run(*args, encoding='utf-8', **env):
     """ the command as a reader would type it -> (exit code, stdout, stderr) """
     env = {**os.environ, 'no_proxy': '127.0.0.1', 'NO_PROXY': '127.0.0.1', **env}
     command = [sys.executable, 'prepare.py', *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding=encoding)
     return done.returncode, done.stdout, done.stderr
 
 def refused(*args, says, **env):
@@ -354,6 +354,157 @@ def test_ensure(book, tmp_path, monkeypatch, capsys):
     with pytest.raises(PrepareError, match='no dict of splits and closed'):
         prepare.ensure('mine')
     assert prepare.data_folder('./x') == './x' and prepare.data_folder('a/b') == 'a/b'
+
+# the settings of a dataset are the parameters of its corpus()
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, capsys):
+    """ own(signature, *argv, segments=''): `python prepare.py mine ARGV` with that corpus() -> (exit code, stdout, stderr, meta.json) """
+    def run(signature, *argv, segments='', lines=''):
+        document = "{'question': 'why', 'plan': 'so'}" if segments else "'why'"
+        code = f"""\"\"\" My words, n times. \"\"\"\n{lines}\ntokenizer = 'char'\n{segments and f'segments = {segments!r}'}
+def corpus({signature}):
+    print('told', {{key: value for key, value in locals().items()}})
+    return {{'splits': {{'train': [{document}] * 3, 'val': [{document}]}}, 'closed': True, 'source': 'made up'}}
+"""
+        write(tmp_path / 'data' / 'mine' / 'prepare.py', code)
+        monkeypatch.setattr(sys, 'dont_write_bytecode', True) # two scripts of one second and one length would be one
+        monkeypatch.setattr(prepare, '_DATA', str(tmp_path / 'data'))
+        meta, left = tmp_path / 'data' / 'mine' / 'meta.json', 0
+        meta.unlink(missing_ok=True)
+        try:
+            prepare.main(['mine', *argv])
+        except SystemExit as e:
+            left = e.code
+        found = json.loads(meta.read_text()) if meta.exists() else None
+        return left, *capsys.readouterr(), found
+    return run
+
+SIGNATURE = "n=500, share=0.5, word='so', loud=False, seed=0"
+
+def test_a_parameter_of_corpus_is_a_setting(own):
+    everything = dict(n=500, share=0.5, word='so', loud=False, seed=0)
+    for argv, told in [([], {}), (['--n=300'], dict(n=300)), (['--n=3e2', '--share=1', '--word=1e3', '--loud=True', '--seed=-7'], dict(n=300, share=1.0, word='1e3', loud=True, seed=-7)),
+                       (['--word='], dict(word='')), (['--n=500', '--loud=false'], {})]:
+        code, out, err, meta = own(SIGNATURE, *argv)
+        assert code == 0 and err == '' and f'told {everything | told}' in out, err
+        assert meta['settings'] == everything | told and meta['source'] == 'made up'
+        assert [type(v) for v in meta['settings'].values()] == [int, float, str, bool, int]
+    for argv, says in [('--n=2.5', 'n must be int (default 500), got float 2.5'), ('--n=abc', 'n must be int'), ('--n=True', 'n must be int'), ('--n=', 'n must be int'),
+                       ('--share=half', 'share must be float (default 0.5)'), ('--loud=1', 'loud must be bool (default False)'), ('--n', '--n needs a value, e.g. --n=500'),
+                       ('--wrd=a', 'unknown setting wrd on the command line; did you mean word?'), ('--m=3', 'unknown setting m'), ('--folder=x', 'unknown setting folder')]:
+        code, out, err, meta = own('folder, ' + SIGNATURE, argv)
+        assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and says in err and meta is None, err
+
+def test_a_parameter_without_a_default_must_be_given(own):
+    assert "mine needs to know its n: python prepare.py mine --n=..." in own('n, word="a"')[2]
+    assert own('n, word="a"', '--n=3')[3]['settings'] == {'n': 3, 'word': 'a'} == own('*, n, word="a", **more', '--n=3')[3]['settings']
+    assert 'mine needs to know its input: python prepare.py mine --input=...' in own('input')[2] and own('input', '--input=')[0] == 2
+    assert own('input', '--input=3')[3]['settings'] == {'input': '3'} # text, as prepare.py's own setting is
+
+def test_a_type_without_a_default(own):
+    """ an annotation says it; without one a number is a number """
+    signature = 'a, b: int, c: float | None = None, d: str = None'
+    assert own(signature, '--a=3', '--b=2e0', '--c=1', '--d=4')[3]['settings'] == dict(a=3, b=2, c=1.0, d='4')
+    assert own(signature, '--a=None', '--b=2')[2].startswith('error: mine needs to know its a')
+    for text, value in ('2.5', 2.5), ('-1', -1), ('True', True), ('abc', 'abc'), ('', ''), ('[1]', '[1]'):
+        found = own(signature, f'--a={text}', '--b=-2')[3]['settings']
+        assert found == dict(a=value, b=-2, c=None, d=None) and type(found['a']) is type(value)
+    for argv, says in ('--b=2.5', 'b must be int (default None), got float 2.5'), ('--b=None', 'b must be int'), ('--c=x', 'c must be float or None'):
+        assert says in own(signature, '--a=1', argv)[2]
+    assert own('n: "int"', '--n=3', lines='from __future__ import annotations')[3]['settings'] == {'n': 3}
+
+def test_what_is_no_scalar_is_no_setting(own):
+    _, out, _, meta = own('n=1, names=("a", "b"), _hidden=2, make=print')
+    assert meta['settings'] == {'n': 1, 'names': ['a', 'b'], '_hidden': 2, 'make': '<built-in function print>'}
+    for key in 'names', '_hidden', 'make':
+        assert f'unknown setting {key}' in own('n=1, names=("a", "b"), _hidden=2, make=print', f'--{key}=1')[2]
+
+def test_a_name_of_prepare_py_keeps_its_meaning(own, tmp_path):
+    """ whatever the default of corpus() for it is """
+    _, out, _, meta = own('folder, fields, tokenizer="word", dataset=None, val_fraction=0, name="x"', '--val_fraction=0.25', '--tokenizer=byte', '--name=y')
+    told = dict(folder=str(tmp_path / 'data' / 'mine'), fields=[], tokenizer='byte', dataset='mine', val_fraction=0.25, name='y')
+    assert f'told {told}' in out and meta['tokenizer'] == 'byte'
+    assert meta['settings'] == {k: v for k, v in told.items() if k not in ('folder', 'fields')}
+    plain = own('tokenizer="word", val_fraction=0')
+    assert plain[3]['settings'] == dict(tokenizer='char', val_fraction=0) and plain[3]['tokenizer'] == 'char'
+    lengths = own('fields, too_long="never", plan_len=7', '--plan_len=9', segments='question:8,plan:8')
+    assert lengths[3]['settings'] == dict(too_long='drop', plan_len=9) and lengths[3]['segments'] == 'question:8,plan:9' and "['question', 'plan']" in lengths[1]
+    assert own('tokenizer=""')[3]['settings'] == {'tokenizer': 'char'}
+    with pytest.raises(PrepareError, match='mine has no use for --folder, only for tokenizer'):
+        prepare.prepare('mine', str(tmp_path / 'out'), folder='x')
+
+def test_help_shows_what_a_dataset_takes(own, capsys):
+    code, out, _, _ = own(SIGNATURE + ', val_fraction=0.2', '--help')
+    assert code == 0 and out.startswith('My words, n times.\n\n--n=500\n--share=0.5\n--word=so\n--loud=False\n--seed=0\n--val_fraction=0.2')
+    lines = {line.split('=')[0]: line for line in out.splitlines() if line.startswith('--')}
+    assert [*lines][5:] == ['--val_fraction', '--dataset', '--tokenizer'] and 'byte or gpt2' in lines['--tokenizer'] and 'becomes val' in lines['--val_fraction']
+    assert '--plan_len=0' in own('n', '--help', segments='question:8,plan:8')[1] and '--n=None' in own('n', '--help')[1] and '--n=None' in own('n: int', '--help')[1]
+    with pytest.raises(SystemExit):
+        prepare.main(['--help'])
+    assert 'too_long=drop' in (out := capsys.readouterr().out) and not any(f'--{key}=' in out for key in ('difficulty', 'max_records', 'marks', 'seed'))
+
+def test_suggestions_are_among_what_is_expected(own):
+    for argv, suggests in ('--plan_ln=3', None), ('--quetsion_len=3', None), ('--tokeniser=byte', 'tokenizer'), ('--inptu=x', None), ('--wodr=x', 'word'):
+        err = own(SIGNATURE, argv)[2]
+        assert 'unknown setting' in err and (f'did you mean {suggests}?' in err if suggests else 'did you mean' not in err), err
+    assert 'did you mean plan_len?' in own('n=1', '--plan_ln=3', segments='question:8,plan:8')[2]
+    assert 'mine has no use for --plan_len, only for n, dataset, tokenizer' in own('n=1', '--plan_len=3')[2]
+    with pytest.raises(PrepareError, match='mine has no use for --number, only for n$'):
+        prepare.prepare('mine', number=3)
+    with pytest.raises(PrepareError, match='skip names .question., expected some of plan, execution$'):
+        prepare.without({'question': 8, 'plan': 8, 'execution': 8}, 'question')
+    with pytest.raises(PrepareError, match='expected some of plan, execution; did you mean execution?'):
+        prepare.without({'question': 8, 'plan': 8, 'execution': 8}, 'exectuion')
+
+# ~, which no shell replaces behind an =
+
+def test_a_tilde_is_the_home_folder(own, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    for name in 'in/a.txt', 'in/train.txt', 'in/valid.txt', 'in/test.txt':
+        write(tmp_path / 'home' / name, BOOK)
+    write(tmp_path / 'home' / 'in' / 'r.json', json.dumps([dict(question='a', plan='b', execution='c')] * 3))
+    for split in 'train', 'test':
+        write(tmp_path / 'home' / 'in' / f'{split}.jsonl', 2 * (json.dumps(dict(question='a', answer='b\n#### 1')) + '\n'))
+    for name, place in [('text', 'a.txt'), ('text', ''), ('text', '*.txt'), ('text', '**/a.t?t'), ('shakespeare_char', 'a.txt'), ('records', 'r.json'), ('wikitext2', ''), ('gsm8k', '')]:
+        prepare.main([name, f'--input=~/in/{place}', '--dataset=~/out/x', '--tokenizer=byte'])
+        meta = json.loads((tmp_path / 'home' / 'out' / 'x' / 'meta.json').read_text())
+        assert meta['dataset'] == name and meta['settings']['input'] == f'{tmp_path}/home/in/{place}'
+        assert open_any('~/out/x').folder == str(tmp_path / 'home' / 'out' / 'x') == prepare.ensure('~/out/x')
+    assert prepare.data_folder('~') == str(tmp_path / 'home') and prepare.read_text('~/in/a.txt') == BOOK
+    for name in 'a~', '~~', '~no_such_user_', 'a~b': # names, not paths
+        assert prepare.data_folder(name) == os.path.join(prepare._DATA, name)
+    assert prepare.data_folder('./~/a') == './~/a' and not os.path.exists('~')
+
+def open_any(dataset):
+    return prepare.open_corpus(dataset, 0 if 'segments' in prepare.read_meta(dataset) else 8)[0]
+
+# output that cannot show a character, and output that nobody reads any more
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'utf-8', 'latin-1:strict'])
+def test_any_text_can_be_shown(tmp_path, encoding):
+    """ in a folder with a name that is no text at all, too """
+    folder = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9 \xe2\x80\x9c')
+    records = [dict(question='“wh\x00y” 日本', plan='é', execution='\ud83d\ude00 \x80')] * 4
+    path = write(tmp_path / 'r.json', json.dumps(records))
+    for name, place in ('records', path), ('text', write(tmp_path / 'a.txt', 'é“日本😀' * 50)):
+        code, out, err = run(name, f'--input={place}', f'--dataset={folder}/{name}', PYTHONIOENCODING=encoding, encoding=encoding.split(':')[0])
+        assert code == 0 and err == '' and 'preparing' in out, err
+        assert Corpus(f'{folder}/text').meta['chars'] == 'é“日本😀' if name == 'text' else '[execution]' in out
+    code, _, err = run('text', f'--input={folder}/none', PYTHONIOENCODING=encoding, encoding=encoding.split(':')[0])
+    assert code == 2 and 'no file matches' in err and 'Traceback' not in err
+
+@pytest.mark.parametrize('argv', ['--help', 'text --help', 'arithmetic --max_records=200', 'nonsense'])
+def test_a_reader_that_has_enough_ends_it_quietly(tmp_path, argv):
+    """ as `| head -c 3` does; and where stderr is the same pipe """
+    for both in False, True:
+        command = [sys.executable, 'prepare.py', *argv.split(), *([f'--dataset={tmp_path}/out'] if '=' in argv else [])]
+        done = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE, bufsize=0)
+        done.stdout.close()
+        err = b'' if both else done.stderr.read()
+        code = done.wait(60)
+        assert (code, err) == (141, b'') if argv != 'nonsense' or both else code == 2 and err.startswith(b'error: ')
+    assert not glob.glob(f'{tmp_path}/out/*.tmp')
 
 def test_the_command_refuses_with_a_sentence(tmp_path):
     a, empty = write(tmp_path / 'a.txt', BOOK), write(tmp_path / 'e.txt', '')

@@ -125,6 +125,11 @@ def test_json_of_every_system(tmp_path, name, end, mark, encoding):
         found = contents(prepare.prepare('records', str(tmp_path / 'out'), input=str(path)))
         assert found == [{k: v.replace('\r\n', '\n').replace('\r', '\n') for k, v in r.items() if k != 'id'} for r in records]
 
+def test_a_field_that_is_asked_for_is_no_suggestion(tmp_path):
+    for record, suggests in (dict(question='a', plan='b'), None), (dict(question='a', plan='b', plam2='c'), 'plam2'):
+        with pytest.raises(PrepareError, match="record 1 has no field 'plan2', only .*'" + (f'; did you mean {suggests}' if suggests else '$')):
+            mine(tmp_path, [record] * 3, segments='question:8,plan:8,plan2:8')
+
 def test_what_no_record_can_hold(tmp_path):
     with pytest.raises(PrepareError, match="my.json, record 2 .*'plan' has half of a character, .*ud83d.*, expected text"):
         mine(tmp_path, [TEN[0], {**TEN[1], 'plan': 'cut \ud83d'}])

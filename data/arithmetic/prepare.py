@@ -8,8 +8,9 @@ Bob = Ann + 5, Cid = Bob * 2                                                    
 7 + 5 = 12, 12 * 2 = 24, #### 24                                                          (the execution)
 A fourth level, for whoever names it, is `facts`, those of the question that are needed, in the order of the plan:
 $ python prepare.py arithmetic --dataset=arithmetic4 --segments=question:136,facts:96,plan:32,execution:32
-A problem takes 1 to `difficulty` steps, every number of them equally often. Its question decides on the split, so no problem is in two of
-them, whatever seed and number are. Numbers are 1 to 9 in the question and 1 to 99 on the way.
+A problem takes 1 to `difficulty` steps, every number of them equally often. There are `max_records` problems in all; another `seed` gives
+other problems. Its question decides on the split of a problem, so no problem is in two of them, whatever seed and number are. Numbers are
+1 to 9 in the question and 1 to 99 on the way.
 """
 import random
 import zlib
@@ -56,6 +57,8 @@ def split_of(question):
 def corpus(difficulty=2, max_records=50_000, seed=0):
     if not 1 <= difficulty <= len(NAMES) - 2:
         raise PrepareError(f"difficulty is {difficulty}, expected 1 to {len(NAMES) - 2} steps")
+    if seed < 0: # python's generator takes -1 for 1
+        raise PrepareError(f"seed is {seed}, expected 0 or more")
     if max_records < 100:
         raise PrepareError(f"max_records is {max_records}, expected at least 100: val and test are a tenth each")
     rng, seen, splits = random.Random(seed), set(), {'train': [], 'val': [], 'test': []}

@@ -6,6 +6,7 @@ $ python prepare.py gsm8k --input=FOLDER   # train.jsonl and test.jsonl that you
 Plan: the sub-question before every step of the solution, where both splits come with them. Else, for both, the steps themselves with
 a ? in place of everything from the first number or calculation of a line to the last. Execution: the steps, the calculator's
 <<48/2=24>> taken out unless --marks=True, then #### and the answer. The last 500 records of train are val.
+--max_records=1000 takes only the first so many of each file; 0: all.
 """
 import os
 import re
