@@ -5,11 +5,11 @@ $ python prepare.py python_docs              # three megabytes that come with py
 $ python prepare.py text --input='books/**/*.txt' --tokenizer=byte --dataset=books
 $ python prepare.py records --input=my.json --dataset=mine   # question, plan, execution
 
-NAME is a folder under data/ whose prepare.py says `tokenizer = 'char'` and defines corpus(). Its parameters are settings:
-corpus(n=500) takes --n=300, and python prepare.py NAME --help shows all of them below the script's docstring. A parameter
-has the type of its default or annotation (a number, text, True or False), and must be given if it has no default.
-`folder`, where downloads may stay, and `fields`, the names of the segments, are no settings; a parameter that is called
-like a setting below is that setting. corpus() returns
+NAME is a folder under data/ whose prepare.py says `tokenizer = 'char'` and defines corpus(). Its parameters are
+settings: corpus(n=500) takes --n=300, and python prepare.py NAME --help shows them below the script's docstring.
+A parameter has the type of its default or annotation (a number, text, True or False), and must be given if it has no
+default. `folder`, where downloads may stay, and `fields`, the names of the segments, are no settings. A parameter that
+is called like a setting below is that setting. corpus() returns
     {'splits': {'train': [document, ...], 'val': [...]}, 'closed': bool, ...}
 Documents are str; closed: the end id follows every document. The rest of what it returns is kept in meta.json, and what
 corpus() was called with is its 'settings', defaults included; a checkpoint has a copy of meta.json.
@@ -73,8 +73,8 @@ _MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32', codecs.B
 
 def read_text(path, expected='', may_be_empty=False):
     """
-    The text of a file as str: UTF-8, or what its byte order mark names, without the mark. Every line ends in \\n: this is
-    the place that turns \\r\\n and a lone \\r into it, whoever reads. expected: the checksum that the bytes must have, if any.
+    The text of a file as str: UTF-8, or what its byte order mark names, without the mark. Every line ends in \\n: this
+    is the place that turns \\r\\n and a lone \\r into it, whoever reads. expected: the checksum of the bytes, if any.
     """
     path = os.path.expanduser(path)
     try:
@@ -90,8 +90,8 @@ def read_text(path, expected='', may_be_empty=False):
     if not text and not may_be_empty:
         raise PrepareError(f"{path} is empty")
     if '\0' in text:
-        raise PrepareError(f"{path} has a NUL character at position {text.index(chr(0))}, which no text has: it is another "
-                           "kind of file, or UTF-16 without a byte order mark; save it as UTF-8")
+        raise PrepareError(f"{path} has a NUL character at position {text.index(chr(0))}, which no text has: it is "
+                           "another kind of file, or UTF-16 without a byte order mark; save it as UTF-8")
     return unix_lines(text)
 
 def unix_lines(text):
@@ -396,7 +396,7 @@ def names():
     return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f'{glob.escape(_DATA)}/*/prepare.py'))
 
 def data_folder(dataset):
-    """ a bare name lives under data/ beside this file; whatever looks like a path is one, with ~ for the home folder """
+    """ a bare name lives under data/ beside this file; whatever looks like a path is one, and ~ is the home folder """
     place = os.path.expanduser(dataset)
     path = place != dataset or '/' in dataset or os.sep in dataset or dataset.startswith('.')
     return place if path else os.path.join(_DATA, dataset)
@@ -433,8 +433,8 @@ _ANYTHING = bool | int | float | str | None # the type of a parameter with neith
 
 def settings_of(script):
     """
-    ({setting: default}, {setting: type}) of `python prepare.py NAME`: the parameters of corpus(), then what prepare.py itself
-    has a use for. None is the default of a parameter that must be given. The types are those that defaults do not say.
+    ({setting: default}, {setting: type}) of `python prepare.py NAME`: the parameters of corpus(), then what prepare.py
+    has a use for. None is the default of a parameter that must be given. The types are those that no default tells.
     """
     settings, types = {}, {}
     for key, parameter in parameters(script).items():
@@ -463,7 +463,7 @@ def no_use(name, key, takes):
     return f"{name} has no use for --{key}, only for {', '.join(takes) or 'its text as it is'}{nearest(key, takes)}"
 
 def arguments(name, accepted, settings, known):
-    """ what corpus() is called with, {parameter: value}: `known` by prepare.py itself, or given as settings. accepted: see parameters """
+    """ {parameter: value} for corpus(): `known` by prepare.py, or given as settings. accepted: see parameters """
     takes = [key for key in accepted if key not in _NO_SETTINGS]
     for key in settings:
         if key not in takes:

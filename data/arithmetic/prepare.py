@@ -8,9 +8,9 @@ Bob = Ann + 5, Cid = Bob * 2                                                    
 7 + 5 = 12, 12 * 2 = 24, #### 24                                                          (the execution)
 A fourth level, for whoever names it, is `facts`, those of the question that are needed, in the order of the plan:
 $ python prepare.py arithmetic --dataset=arithmetic4 --segments=question:136,facts:96,plan:32,execution:32
-A problem takes 1 to `difficulty` steps, every number of them equally often. There are `max_records` problems in all; another `seed` gives
-other problems. Its question decides on the split of a problem, so no problem is in two of them, whatever seed and number are. Numbers are
-1 to 9 in the question and 1 to 99 on the way.
+A problem takes 1 to `difficulty` steps, every number of them equally often. There are `max_records` problems in all;
+another `seed` gives other problems. The question of a problem decides on its split, so no problem is in two of them,
+whatever seed and number are. Numbers are 1 to 9 in the question and 1 to 99 on the way.
 """
 import random
 import zlib

@@ -5,8 +5,8 @@ $ python prepare.py records --input=my.json --dataset=mine --segments='question:
 $ python prepare.py records --input=book.txt --dataset=book
 
 The last val_fraction of the records, at least one, is val. --max_records=1000 takes only the first so many; 0: all.
-Of a file that ends in .txt or .text every paragraph of at least 8 words is a record; a blank line ends a paragraph, also one of spaces
-and tabs. Fields are the names of the segments; others are left aside.
+Of a file that ends in .txt or .text every paragraph of at least 8 words is a record. A blank line, also one of spaces
+and tabs, ends a paragraph. Fields are the names of the segments; others are left aside.
 """
 import json
 import re
@@ -26,7 +26,8 @@ def split_text(text, fields):
 def first(records, max_records):
     """ the first max_records of a list, all where it is 0 """
     if max_records < 0 or max_records == 1:
-        raise PrepareError(f"max_records is {max_records}, expected 0 for all, or at least 2: one for train and one for val")
+        raise PrepareError(f"max_records is {max_records}, expected 0 for all, or at least 2: "
+                           "one for train and one for val")
     return records[:max_records or None]
 
 def read_records(path, fields, max_records=0):
@@ -43,8 +44,8 @@ def read_records(path, fields, max_records=0):
                     records.append(json.loads(line))
     except (ValueError, RecursionError) as e:
         where = f"line {e.lineno if text.lstrip().startswith('[') else at}" if isinstance(e, json.JSONDecodeError) else "it"
-        raise PrepareError(f"{path} is neither a JSON array nor JSON Lines: {where} makes no sense ({getattr(e, 'msg', e)}); "
-                           "plain text is a file that ends in .txt") from None
+        raise PrepareError(f"{path} is neither a JSON array nor JSON Lines: {where} makes no sense "
+                           f"({getattr(e, 'msg', e)}); plain text is a file that ends in .txt") from None
     if len(records) < 2:
         raise PrepareError(f"{path} has {len(records)} records, expected at least 2: one for train and one for val")
     records = first(records, max_records)
@@ -55,11 +56,13 @@ def read_records(path, fields, max_records=0):
         for field in fields:
             if field not in record:
                 others = [key for key in record if key not in fields]
-                raise PrepareError(f"{named} has no field {field!r}, only {', '.join(map(repr, record)) or 'none at all'}{nearest(field, others)}")
+                found = ', '.join(map(repr, record)) or 'none at all'
+                raise PrepareError(f"{named} has no field {field!r}, only {found}{nearest(field, others)}")
             if not isinstance(record[field], str) or not record[field].strip():
                 raise PrepareError(f"{named}: the field {field!r} is {json.dumps(record[field])[:40]}, expected text")
             if re.search('[\ud800-\udfff]', record[field]):
-                raise PrepareError(f"{named}: the field {field!r} has half of a character, {json.dumps(record[field])[:40]}, expected text")
+                half = json.dumps(record[field])[:40]
+                raise PrepareError(f"{named}: the field {field!r} has half of a character, {half}, expected text")
             record[field] = unix_lines(record[field]) # JSON writes line ends as escapes, which read_text does not see
     return records
 

@@ -19,7 +19,7 @@ SUMS = ['2d84b35af79e411d73ea7cae83c73964c6ac83b4', 'eec944eb2d9e46061cd34a69135
         '6f3fc88e4cd88456ea892971f9f12243e8428624']
 
 def articles(text):
-    """ cut before every top heading: a title between single equals signs, blank lines around it, with or without spaces """
+    """ cut before every top heading: a title between single equals signs, blank lines (or spaces only) around it """
     return [part for part in re.split(r'(?m)^(?=[ \t]*\n = [^=\n].* =[ \t]*\n[ \t]*\n)', text) if part]
 
 def corpus(folder, input='', url=URL, sha256=''):
