@@ -18,8 +18,10 @@ def fail(sentence):
 
 def print_anything():
     """ from now on stdout and stderr show any text: what their encoding has no character for is printed as an escape """
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, 'reconfigure'): # not of None, which a closed stream is, nor of a test's own stream
+    for name in 'stdout', 'stderr':
+        stream = getattr(sys, name) or open(os.devnull, 'w') # None: it was closed
+        setattr(sys, name, stream)
+        if hasattr(stream, 'reconfigure'): # a test may have put something else there
             stream.reconfigure(errors='backslashreplace')
 
 def shown(value):
