@@ -6,10 +6,13 @@ Fill in gaps, given what stands on both sides, with a masked or block diffusion 
 $ python sample.py --out_dir=out-shakespeare-bd3lm --start="ROMEO:[[40]]and[[12]]my love." --max_new_tokens=0
 Ask a model of questions, plans and executions; it writes the plan, then the execution, each up to its end:
 $ python sample.py --out_dir=out-arithmetic --start="Ann has 7 figs. Bob has 5 more than Ann. Cid has 2 fewer than Bob. How many has Bob?"
-The samples go to stdout as they come, everything else to stderr.
+[[40]] in --start is a gap of 40 tokens to fill in, \\[[ stands for [[ itself. The samples go to stdout as they come,
+everything else to stderr.
 """
 
+import errno
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -18,15 +21,16 @@ import time
 import torch
 
 import model as models
-from configurator import configure, fail
-from prepare import Layout, PrepareError, Tokenizer, provider, read_text
+from configurator import configure, fail, print_anything, shown
+from prepare import Layout, PrepareError, Tokenizer, data_folder, provider, read_text
 
 # -----------------------------------------------------------------------------
 out_dir = 'out' # the run's folder
 ckpt = 'best' # best | latest | the path of a checkpoint
 weights = 'ema' # ema (if the run averaged its weights) | raw
 view: str | None = None # what else the weights can be read as: ar (of a run with clean_causal or ar_weight, or of df)
-start = '' # the prompt, of a model of segments the question; FILE:prompt.txt reads it from a file. [[40]] is a gap of 40 tokens to fill in, \[[ stands for [[ itself
+start = '' # the prompt, of a model of segments the question; FILE:prompt.txt reads it from a file
+# '' is the begin id, or without one what the vocabulary has: a newline, else the end id, else its first character
 num_samples = 3
 max_new_tokens = 400 # behind the prompt; 0: only fill in its gaps; segments have lengths of their own
 temperature = 0.8 # 1: as trained, below: more likely text, 0: always the likeliest token
@@ -50,34 +54,80 @@ device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mp
 dtype = 'auto' # auto (bfloat16 on cuda that has it, else float32) | float32 | bfloat16 | float16
 # -----------------------------------------------------------------------------
 
-# what a setting may be whose default, None, does not say it
-KINDS = {int: ('top_k', 'steps'), (int, float): ('top_p', 'confidence_threshold', 'entropy_budget', 'remask', 'guidance', 'df_uncertainty_scale'),
-         str: ('sampler', 'order', 'schedule', 'df_scheduling_matrix')}
+# what generate is told, where it is given
+OPTIONS = ('temperature', 'top_k', 'top_p', 'sampler', 'steps', 'order', 'schedule', 'confidence_threshold',
+           'entropy_budget', 'remask', 'df_scheduling_matrix', 'df_uncertainty_scale', 'guidance')
+_MOST = 10_000_000 # tokens at once, samples, steps: what is more is a slip of the finger, or would not fit the memory
 
-def check_kinds(config):
-    for kind, names in KINDS.items():
-        for name in names:
-            if config[name] is not None and (isinstance(config[name], bool) or not isinstance(config[name], kind)):
-                what = {int: 'a whole number', str: 'a name'}.get(kind, 'a number')
-                raise PrepareError(f"{name} is {config[name]!r}, expected {what}")
+def check_sizes(config):
+    """ a sentence for numbers that no machine has the memory or anybody the patience for """
+    for name in 'num_samples', 'max_new_tokens', 'steps', 'df_uncertainty_scale':
+        if config[name] is not None and config[name] > _MOST:
+            raise PrepareError(f"{name} is {shown(config[name])}, expected at most {_MOST:,}")
+    if config['num_samples'] < 1:
+        raise PrepareError(f"num_samples is {shown(config['num_samples'])}, expected at least 1")
+    if not 0 <= config['seed'] < 2 ** 64:
+        raise PrepareError(f"seed is {shown(config['seed'])}, expected 0 or more and below 2 ** 64")
+
+def checkpoint_path(out_dir, ckpt):
+    """ the path of the checkpoint that the two settings name """
+    path = os.path.expanduser(os.path.join(out_dir, f'ckpt_{ckpt}.pt') if ckpt in ('best', 'latest') else ckpt)
+    if os.path.isdir(path):
+        found = [name for name in sorted(os.listdir(path)) if name.endswith('.pt')]
+        has = f"it has {', '.join(found)}" if found else "it has none"
+        raise PrepareError(f"ckpt is the folder {path}, expected a checkpoint ({has}); "
+                           "--out_dir= takes the folder of a run")
+    return path
+
+def objectives_of(state):
+    """ the objectives that the provider.py of a checkpoint's dataset defines, {name: class} """
+    dataset, objective = state['settings']['dataset'], state['objective']
+    found = provider(dataset).get('OBJECTIVES', {})
+    if objective not in models.OBJECTIVES | found:
+        where = os.path.join(data_folder(dataset), 'provider.py')
+        how = 'defines others' if os.path.exists(where) else 'is not there'
+        raise PrepareError(f"the checkpoint has the objective {objective}, from the provider.py of its dataset, "
+                           f"but {where} {how}: put it back, or run this where train.py was run")
+    return found
 
 def prompt_text(start):
     """ --start, or what is in the file that it names """
+    if start == 'FILE:':
+        raise PrepareError("--start=FILE: names no file, expected --start=FILE:prompt.txt")
     return read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
+
+def first_token(tokenizer):
+    """ the id that an empty prompt stands for: the first that texts have of a newline, the end id, any character """
+    if tokenizer.meta['tokenizer'] != 'char' or '\n' in tokenizer.meta['chars']:
+        return int(tokenizer.encode('\n')[0])
+    return tokenizer.end_id if tokenizer.meta['text_size'] > tokenizer.end_id else 0
 
 def encode_prompt(tokenizer, start):
     """ (1, T) token ids of the prompt, FILE: resolved; -1, so many times, where it has a gap like [[40]] """
     ids = []
     for i, piece in enumerate(re.split(r'(?<!\\)\[\[([0-9]+)\]\]', prompt_text(start))): # text, length of a gap, text, ...
-        if i % 2 and int(piece) == 0:
+        if i % 2 == 0:
+            ids += list(tokenizer.encode(piece.replace('\\[[', '[[')))
+            continue
+        digits = piece.lstrip('0') or '0'
+        n = int(digits) if len(digits) <= len(str(_MOST)) else _MOST + 1 # python reads no number of thousands of digits
+        if n == 0:
             raise PrepareError(f"the prompt has a gap of no tokens, [[{piece}]]; if this is text, write \\[[{piece}]]")
-        ids += [-1] * int(piece) if i % 2 else list(tokenizer.encode(piece.replace('\\[[', '[[')))
+        if len(ids) + n > _MOST:
+            raise PrepareError(f"the prompt has a gap, [[{piece}]], with which it has more than {_MOST:,} tokens; "
+                               f"if this is text, write \\[[{piece}]]")
+        ids += [-1] * n
     return torch.tensor(ids, dtype=torch.long)[None]
 
 def stop_id(tokenizer, stop):
-    if stop is None or stop == 'end':
-        return tokenizer.end_id if stop else None
-    ids = tokenizer.encode(str(stop))
+    """ --stop as the id of a token, None as None """
+    if stop is None:
+        return None
+    if stop == 'end':
+        if tokenizer.meta['text_size'] <= tokenizer.end_id:
+            raise PrepareError("stop is end, but the text of this model has no end id: give the text of one token")
+        return tokenizer.end_id
+    ids = tokenizer.encode(stop)
     if len(ids) != 1:
         raise PrepareError(f"stop {stop!r} is {len(ids)} tokens, expected text of exactly one, or end")
     return int(ids[0])
@@ -134,63 +184,113 @@ class Printer:
             print(text[self.shown:], end='', flush=True)
         self.shown = max(self.shown, len(text))
 
+def out_of_memory(e):
+    """ does an exception say that memory did not suffice? On a CPU torch says so in words only """
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+def read_question(state, model, tokenizer):
+    """ --start for a model of segments: (idx (1, T), new tokens, what else generate is told, ids -> text to show) """
+    if not start:
+        raise PrepareError("this model answers questions: give one with --start=")
+    if stop is not None:
+        raise PrepareError("segments end at the end id: leave out --stop")
+    layout = Layout(state['meta'], getattr(model, 'id_list', None))
+    asked = layout.prompt([tokenizer.encode(prompt_text(start).strip())])
+    new = asked.pop('max_new_tokens')
+    asked = {name: torch.from_numpy(ids) for name, ids in asked.items()} | {'stop': tokenizer.end_id}
+    return asked.pop('idx'), new, asked, lambda ids: labelled(layout, tokenizer, ids)
+
+def read_prompt(model, tokenizer):
+    """ --start for any other model: (idx (1, T), new tokens, what else generate is told, ids -> text to show) """
+    if start or model.config.begin_id is not None:
+        prompt = encode_prompt(tokenizer, start)
+    else:
+        prompt = torch.tensor([[first_token(tokenizer)]])
+    given, end = set((prompt[0] != -1).nonzero()[:, 0].tolist()), stop_id(tokenizer, stop)
+    if max_new_tokens < (prompt.size(1) == len(given)):
+        raise PrepareError(f"max_new_tokens is {shown(max_new_tokens)}, expected at least 1, "
+                           "or 0 and a gap like [[40]] in --start")
+    return prompt, max_new_tokens, {'stop': end}, lambda ids: tokenizer.decode(until(ids, end, given))
+
+def options_for(generate, config, given, name):
+    """ {option: value} of those that this generate takes; a sentence where somebody gave another """
+    takes = inspect.signature(generate).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        takes = {**takes, **dict.fromkeys(OPTIONS)}
+    for option in OPTIONS:
+        if option not in takes and option in given and config[option] is not None:
+            others = ', '.join(k for k in config if k in takes)
+            raise PrepareError(f"{name} has no use for --{option}: it takes {others}")
+    return {option: config[option] for option in OPTIONS if option in takes and config[option] is not None}
+
+def write(config, given):
+    """ print what the settings ask for; given: those of them that somebody gave """
+    check_sizes(config)
+    where, amp, _ = models.pick_device(device, dtype)
+    path = checkpoint_path(out_dir, ckpt)
+    state = models.read_checkpoint(path)
+    model, _ = models.load_checkpoint(state, where, weights, objectives_of(state), view)
+    tokenizer, dataset = Tokenizer(state['meta']), state['settings']['dataset']
+    if 'segments' in state['meta']:
+        prompt, new, told, show = read_question(state, model, tokenizer)
+    else:
+        prompt, new, told, show = read_prompt(model, tokenizer)
+    prompt, told = prompt.to(where), {k: v.to(where) if torch.is_tensor(v) else v for k, v in told.items()}
+    gaps, length = int((prompt == -1).sum()), prompt.size(1) + new
+    at_once = 1 if stream else num_samples
+    if at_once * length > _MOST:
+        raise PrepareError(f"{at_once:,} x {length:,} tokens at once are more than {_MOST:,}: ask for fewer"
+                           + " or leave out --stream=False" * (not stream))
+    print(f"loaded {path}: {state['objective']}{f' as {view}' if view else ''}, "
+          f"{model.n_params() / 1e6:.2f}M parameters, iteration {state['iteration']} on {dataset}, "
+          f"{'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
+          f"{state['meta']['tokenizer']} tokens, {where}", file=sys.stderr)
+    options = options_for(model.generate, config, given, view or state['objective'])
+    torch.manual_seed(seed)
+    clock, evaluations, tokens = time.time(), 0, num_samples * (new + gaps)
+    progress = Progress(tokens, prompt.size(1) - gaps)
+    for rows in itertools.repeat(1, num_samples) if stream else [num_samples]:
+        printer = Printer(show, progress)
+        many = {k: v.expand(rows, -1) if torch.is_tensor(v) else v for k, v in told.items()} # block_ids
+        with amp:
+            out = model.generate(prompt.expand(rows, -1), new, on_step=printer, **options, **many)
+        for i, ids in enumerate(out.tolist()):
+            printer.shown = printer.shown if i == 0 else 0
+            printer.write(ids)
+            print('\n---------------', flush=True)
+        evaluations += printer.nfe
+        progress.finished += rows * (new + gaps)
+    seconds = max(time.time() - clock, 1e-9)
+    progress.clear()
+    print(f"{tokens} tokens at most, {evaluations} network evaluations, {seconds:.1f} s, "
+          f"{tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
 def main():
-    config = configure(globals())
-    path = os.path.join(out_dir, f'ckpt_{ckpt}.pt') if ckpt in ('best', 'latest') else ckpt
+    print_anything()
+    given = {}
+    config = configure(globals(), given=given)
     try:
-        check_kinds(config)
-        if num_samples < 1:
-            raise PrepareError(f"num_samples is {num_samples}, expected at least 1")
-        where, amp, _ = models.pick_device(device, dtype)
-        state = models.read_checkpoint(path)
-        model, _ = models.load_checkpoint(state, where, weights, provider(state['settings']['dataset']).get('OBJECTIVES', {}), view)
-        tokenizer = Tokenizer(state['meta'])
-        more, new = {}, max_new_tokens
-        if 'segments' in state['meta']:
-            if not start or stop is not None:
-                raise PrepareError("this model answers questions: give one with --start=" if not start else "segments end at the end id: leave out --stop")
-            layout = Layout(state['meta'], getattr(model, 'id_list', None))
-            more = layout.prompt([tokenizer.encode(prompt_text(start).strip())])
-            new, stop_at, show = more.pop('max_new_tokens'), tokenizer.end_id, lambda ids: labelled(layout, tokenizer, ids)
-            more = {k: torch.from_numpy(ids).to(where) for k, ids in more.items()}
-            prompt = more.pop('idx')
-        else:
-            first = start or '\n' * (model.config.begin_id is None) # something must come first
-            prompt, stop_at = encode_prompt(tokenizer, first).to(where), stop_id(tokenizer, stop)
-            show = lambda ids: tokenizer.decode(until(ids, stop_at, given))
-        given = set((prompt[0] != -1).nonzero()[:, 0].tolist())
-        gaps = prompt.size(1) - len(given) # tokens
-        if new < (gaps == 0):
-            raise PrepareError(f"max_new_tokens is {max_new_tokens}, expected at least 1, or 0 and a gap like [[40]] in --start")
-        print(f"loaded {path}: {state['objective']}{f' as {view}' if view else ''}, {model.n_params() / 1e6:.2f}M parameters, iteration {state['iteration']} on "
-              f"{state['settings']['dataset']}, {'averaged' if weights == 'ema' and state['ema'] else 'raw'} weights, "
-              f"{state['meta']['tokenizer']} tokens, {where}", file=sys.stderr)
-        options = {k: config[k] for k in ('temperature', *(name for names in KINDS.values() for name in names)) if config[k] is not None}
-        takes = inspect.signature(model.generate).parameters
-        for option in sorted(options.keys() - takes.keys()):
-            raise PrepareError(f"{view or state['objective']} has no use for --{option}: it takes {', '.join(k for k in config if k in takes)}")
-        torch.manual_seed(seed)
-        clock, evaluations, tokens = time.time(), 0, num_samples * (new + gaps)
-        progress = Progress(tokens, len(given))
-        for rows in [1] * num_samples if stream else [num_samples]:
-            printer = Printer(show, progress)
-            with amp:
-                out = model.generate(prompt.expand(rows, -1), new, stop=stop_at, on_step=printer, **options, **{k: v.expand(rows, -1) for k, v in more.items()})
-            for i, ids in enumerate(out.tolist()):
-                printer.shown = printer.shown if i == 0 else 0
-                printer.write(ids)
-                print('\n---------------', flush=True)
-            evaluations += printer.nfe
-            progress.finished += rows * (new + gaps)
+        write(config, given)
     except (PrepareError, models.UserError) as e:
         fail(str(e))
-    seconds = time.time() - clock
-    progress.clear()
-    print(f"{tokens} tokens at most, {evaluations} network evaluations, {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        fail("out of memory: lower num_samples, max_new_tokens or steps, or leave out --stream=False")
 
 if __name__ == '__main__':
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end='', flush=True) # here, where it can be caught
+    except BrokenPipeError: # whoever reads what we print, such as head, has enough
+        os._exit(141) # as if by SIGPIPE, and at once: python would flush again, and complain
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        print(f"error: cannot write the samples: {e.strerror}", file=sys.stderr)
+        os._exit(2) # for the same reason
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)

@@ -436,7 +436,7 @@ def test_prompts_with_gaps():
 
 def test_settings_reach_generate_or_are_refused(sample_py):
     for args, word in [(['--sampler=fixed', '--confidence_threshold=0.5'], 'sampler fixed has no use for confidence_threshold=0.5'), (['--order=luck'], 'expected one of random'),
-                       (['--remask=a'], "remask is 'a', expected a number"), (['--steps=2.5'], 'steps is 2.5, expected a whole number'), (['--sampler=[1]'], 'sampler is [1], expected a name'),
+                       (['--remask=a'], 'remask must be float or None (default None), got str a'), (['--steps=2.5'], 'steps must be int or None'), (['--sampler=[1]'], "sampler is '[1]', expected one of first_hitting"),
                        (['--max_new_tokens=0'], 'max_new_tokens is 0, expected at least 1, or 0 and a gap like [[40]]'), (['--num_samples=0'], 'num_samples is 0')]:
         assert word in sample_py('mdlm', '--start=my', *args, code=2)[1]
     assert 'ar has no use for --guidance' in sample_py('ar', '--guidance=1', code=2)[1]

@@ -1,0 +1,275 @@
+"""
+Laws of sample.py as a command: whatever a model writes can be shown, and what cannot work is one sentence. The models are
+tiny and untrained; their checkpoints have the keys that train.py saves.
+"""
+import dataclasses
+import os
+import runpy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import prepare
+import sample
+from model import GPT, OBJECTIVES, GPTConfig
+from prepare import Tokenizer, vocabulary
+
+ROOT = os.path.dirname(os.path.abspath(sample.__file__))
+TEXT = 'ROMEO: and my love.\n'
+SIZES = dict(block_size=32, n_layer=1, n_head=2, n_embd=16)
+IDS = 'vocab_size', 'text_size', 'begin_id', 'mask_id'
+
+def save(folder, objective='ar', meta=None, kind=None, name='best', dataset='text', begin=True, **settings):
+    """ write a checkpoint of an untrained model into a run's folder, as train.py's save() does; returns the folder """
+    meta = {**vocabulary('char', [TEXT]), 'splits': {}} if meta is None else meta
+    torch.manual_seed(0)
+    kind = kind or OBJECTIVES[objective]
+    ids = {k: meta[k] for k in IDS} | ({} if begin else {'begin_id': None})
+    model = kind(GPTConfig(**{**SIZES, **ids, 'attention': kind.attentions[0], **settings}))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    folder.mkdir(exist_ok=True, parents=True)
+    torch.save({'format': 1, 'objective': objective, 'config': dataclasses.asdict(model.config), 'model': model.state_dict(),
+                'ema': None, 'optimizers': [], 'scaler': {}, 'iteration': 3, 'tokens': 96, 'best': 2.5,
+                'settings': {'dataset': str(dataset)}, 'meta': meta}, folder / f'ckpt_{name}.pt')
+    return folder
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """ {name: folder of a run} """
+    place = tmp_path_factory.mktemp('runs')
+    records = vocabulary('char', [TEXT], closed=True) | {'segments': 'question:8,plan:8,execution:16'}
+    return {'ar': save(place / 'ar'), 'mdlm': save(place / 'mdlm', 'mdlm'), 'byte': save(place / 'byte', meta=vocabulary('byte')),
+            'bd3lm': save(place / 'bd3lm', 'bd3lm', diffusion_block_size=4), 'df': save(place / 'df', 'df'),
+            'records': save(place / 'records', meta=records, segments=records['segments'])}
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """ the script as a command, with fresh settings, but in this process, which has torch already -> stdout, stderr """
+    def run(*args, code=0):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=12', *map(str, args)])
+        left = 0
+        try:
+            runpy.run_path(sample.__file__, run_name='__main__')
+        except SystemExit as e:
+            left = e.code
+        out, err = capsys.readouterr()
+        assert left == code, out + err
+        assert code != 2 or err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err
+        return out, err
+    return run
+
+def command(*args, **more):
+    """ the script as a command in a process of its own """
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', **more.pop('env', {})}
+    return subprocess.Popen([sys.executable, 'sample.py', '--device=cpu', *map(str, args)], cwd=ROOT, env=env,
+                            **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **more})
+
+# what comes first where nothing is given
+
+def write_sample(here, folder, *args):
+    out, _ = here(f'--out_dir={folder}', *args)
+    assert out.endswith('\n---------------\n')
+    return out.removesuffix('\n---------------\n')
+
+@pytest.mark.parametrize('text, closed, first', [
+    (TEXT, False, '\n'), (TEXT, True, '\n'), ('ACGT', False, 'A'), ('ACGT', True, None), ('a b', False, ' '), ('日本', False, '日'),
+    ('x', False, 'x'), ('\r\t', False, '\t')])
+def test_a_text_begins_with_something_that_exists(here, tmp_path, text, closed, first):
+    """ a newline, else the end id, which shows nothing, else the first character of the vocabulary """
+    meta = vocabulary('char', [text], closed)
+    folder = save(tmp_path / 'run', meta=meta, begin=False)
+    found = write_sample(here, folder)
+    assert set(found) <= set(text) and (found[0] == first and (closed or len(found) == 13) if first else len(found) <= 12)
+    assert sample.first_token(Tokenizer(meta)) == (meta['end_id'] if first is None else meta['chars'].index(first))
+    begun = write_sample(here, save(tmp_path / 'begun', meta=meta))
+    assert len(begun) <= 12 # after a begin id nothing is added
+
+@pytest.mark.parametrize('objective', ['ar', 'mdlm', 'bd3lm', 'df'])
+def test_a_text_begins_with_something_for_every_objective(here, tmp_path, objective):
+    folder = save(tmp_path, objective, vocabulary('char', ['ACGT']), begin=False, **({'diffusion_block_size': 4} if objective == 'bd3lm' else {}))
+    assert write_sample(here, folder)[0] == 'A'
+
+def test_a_text_of_bytes_begins_with_a_newline(here, tmp_path):
+    assert write_sample(here, save(tmp_path, meta=vocabulary('byte'), begin=False))[0] == '\n'
+
+# whatever is written can be shown
+
+@pytest.mark.parametrize('encoding, stream', [('ascii', True), ('cp1252', True), ('utf-8', True), ('latin-1:strict', True), ('ascii', False)])
+def test_any_bytes_can_be_shown(runs, encoding, stream):
+    """ of a byte model that has learned nothing: NUL, halves of characters, invalid UTF-8 """
+    done = command(f"--out_dir={runs['byte']}", '--max_new_tokens=150', '--temperature=1', '--num_samples=2', '--start=“é日\udce9', f'--stream={stream}',
+                   env={'PYTHONIOENCODING': encoding})
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0 and b'Traceback' not in err and b'300 tokens at most' in err, err
+    text = out.decode(encoding.split(':')[0])
+    assert text.count('\n---------------\n') == 2 and (text.startswith('“é日' if encoding == 'utf-8' else {'a': r'\u201c\xe9', 'c': '“é', 'l': r'\u201cé'}[encoding[0]]))
+
+def test_streaming_shows_what_a_batch_shows(runs, here):
+    """ half a character waits for its other half, and nothing is shown twice or left out """
+    for args in ['--seed=1', '--max_new_tokens=200'], ['--seed=2', '--temperature=3', '--max_new_tokens=64'], ['--seed=3', '--start=日本é', '--temperature=1', '--max_new_tokens=64']:
+        whole, _ = here(f"--out_dir={runs['byte']}", '--stream=False', *args)
+        assert here(f"--out_dir={runs['byte']}", *args)[0] == whole and '\ufffd' in whole
+
+def test_half_a_character_waits(monkeypatch, capsys):
+    tokenizer = Tokenizer(vocabulary('byte'))
+    progress = sample.Progress(9, 0)
+    printer, shown = sample.Printer(tokenizer.decode, progress), []
+    row = torch.full((1, 9), -1)
+    for n, byte in enumerate('a日é'.encode() + b'\xff!\xe6', 1):
+        row[0, n - 1] = byte
+        printer(n, row, None, {'nfe': n, 'done': n})
+        shown.append(capsys.readouterr().out)
+    printer.write(row[0].tolist())
+    assert shown == ['a', '', '', '日', '', 'é', '', '\ufffd!', ''] and capsys.readouterr().out == '\ufffd'
+
+# who reads it
+
+@pytest.mark.parametrize('args', ['', '--stream=False', '--help'])
+@pytest.mark.parametrize('both', [False, True])
+def test_a_reader_that_has_enough_ends_it_quietly(runs, args, both):
+    """ as `| head -c 1` does, at the latest before it begins to write; and where stderr is the same pipe """
+    done = command(f"--out_dir={runs['ar']}", *args.split(), bufsize=0, **({'stderr': subprocess.STDOUT} if both else {}))
+    done.stdout.close() # long before python has loaded torch
+    err = b'' if both else done.stderr.read()
+    assert done.wait(120) == 141 and b'rror' not in err and b'xception' not in err, err
+
+def test_closed_and_full_outputs(runs):
+    done = subprocess.run(f"{sys.executable} sample.py --device=cpu --num_samples=1 --out_dir={runs['ar']} >&-", cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr and '400 tokens at most' in done.stderr
+    if os.path.exists('/dev/full'):
+        with open('/dev/full', 'w') as full:
+            done = command(f"--out_dir={runs['ar']}", stdout=full)
+            err = done.communicate(timeout=120)[1].decode()
+        assert done.returncode == 2 and err.splitlines()[-1].startswith('error: cannot write the samples: No space') and 'xception' not in err
+
+# numbers beyond sense
+
+@pytest.mark.parametrize('args, says', [
+    ('--start=my[[999999999999999999999]]', 'the prompt has a gap, [[999999999999999999999]], with which it has more than 10,000,000 tokens'),
+    ('--start=my[[100000000000000]]', 'more than 10,000,000 tokens; if this is text, write \\[[100000000000000]]'),
+    (f"--start=my[[{'9' * 5000}]]", 'more than 10,000,000'), (f"--start=my[[{'0' * 5000}]]", 'a gap of no tokens'),
+    ('--start=my[[6000000]]m[[6000000]]', 'with which it has more than 10,000,000'),
+    ('--start=my[[9999990]]', '1 x 10,000,004 tokens at once are more than 10,000,000: ask for fewer'),
+    ('--num_samples=1000000000', 'num_samples is 1000000000, expected at most 10,000,000'), (f"--num_samples=0x{'f' * 5000}", 'num_samples is something unprintable, expected at most'),
+    ('--num_samples=-1', 'num_samples is -1, expected at least 1'), (f"--num_samples=-0x{'f' * 5000}", 'expected at least 1'),
+    ('--num_samples=1000000 --stream=False', '1,000,000 x 12 tokens at once are more than 10,000,000: ask for fewer or leave out --stream=False'),
+    ('--max_new_tokens=1000000000000', 'max_new_tokens is 1000000000000, expected at most 10,000,000'), ('--max_new_tokens=1e30', 'max_new_tokens is 1000000000000000019884624838656'),
+    ('--max_new_tokens=-1', 'max_new_tokens is -1, expected at least 1'), ('--max_new_tokens=-1000000000000000000000', 'expected at least 1'),
+    ('--seed=99999999999999999999999', 'seed is 99999999999999999999999, expected 0 or more and below 2 ** 64'), ('--seed=18446744073709551616', 'below 2 ** 64'),
+    ('--seed=-1', 'seed is -1, expected 0 or more'), ('--seed=1.5', 'seed must be int'), ('--temperature=abc', 'temperature must be float (default 0.8), got str abc'),
+    ('--sampler=fixed --steps=1000000000000', 'steps is 1000000000000, expected at most 10,000,000'), ('--steps=-5 --sampler=fixed', 'fewer than the'), ('--weights=foo', "weights is 'foo', expected ema or raw"), ('--view=foo', 'cannot be read as foo'),
+    ('--view', '--view needs a value, e.g. --view=None'), ('--view=', 'cannot be read as'), ('--stop=', "stop '' is 0 tokens"), ('--stop=my', "stop 'my' is 2 tokens"), ('--stop=end', 'stop is end, but the text of this model has no end id'),
+    ('--stop=é', "unknown character 'é'"), ('--stop=7', "unknown character '7'"), ('--stop=[1]', "unknown character '['"),
+    ('--top_k=0', 'top_k is 0'), ('--top_k=2.5', 'top_k must be int or None'), ('--top_k=True', 'top_k must be int or None'), ('--top_p=x', 'top_p must be float or None'), ('--guidance=True', 'guidance must be float or None'),
+    ('--start=FILE:', '--start=FILE: names no file, expected --start=FILE:prompt.txt'), ('--start=FILE:/', 'cannot read /: Is a directory'), ('--start=FILE:nowhere.txt', 'cannot read nowhere.txt'),
+    ('--device=abc', 'device abc cannot be used here'), ('--dtype=int8', "dtype is 'int8'")])
+def test_what_makes_no_sense_is_a_sentence(runs, here, args, says):
+    assert says in here(f"--out_dir={runs['mdlm']}", *args.split(), code=2)[1]
+
+def test_what_makes_sense_works(runs, here):
+    for args in '--seed=18446744073709551615', '--seed=0', '--top_k=9999999999999999999999', '--guidance=1 --start=my', '--stop=m', '--top_p=1', '--view=None', '--stop=None', '--start=[[08]] --max_new_tokens=0', '--num_samples=2 --stream=False':
+        assert 'tokens at most' in here(f"--out_dir={runs['mdlm']}", *args.split())[1]
+    assert 'tokens at most' in here(f"--out_dir={runs['records']}", '--start=my')[1]
+    assert 'leave out --stop' in here(f"--out_dir={runs['records']}", '--start=my', '--stop=m', code=2)[1] and 'give one with --start=' in here(f"--out_dir={runs['records']}", code=2)[1]
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_memory_that_does_not_suffice_is_a_sentence(runs, here, monkeypatch, error):
+    def generate(self, *args, top_k=None, top_p=None, temperature=1.0, **more):
+        raise error
+    monkeypatch.setattr(GPT, 'generate', generate)
+    assert 'error: out of memory: lower num_samples' in here(f"--out_dir={runs['ar']}", code=2)[1]
+
+# files
+
+def test_a_checkpoint_that_is_not_there(runs, here, tmp_path):
+    only = save(tmp_path / 'run', name='latest')
+    assert "there is no checkpoint" in (err := here(f'--out_dir={only}', code=2)[1]) and 'ckpt_latest.pt' in err.split(';')[1]
+    assert here(f'--out_dir={only}', '--ckpt=latest')[0] and here(f'--ckpt={only}/ckpt_latest.pt')[0]
+    assert f"ckpt is the folder {only}, expected a checkpoint (it has ckpt_latest.pt); --out_dir= takes the folder of a run" in here(f'--ckpt={only}', code=2)[1]
+    assert 'it has none' in here(f'--ckpt={tmp_path}', code=2)[1] and 'train a model first' in here(f'--out_dir={tmp_path}', code=2)[1]
+    (tmp_path / 'x' / 'ckpt_best.pt').mkdir(parents=True)
+    assert 'ckpt_best.pt, expected a checkpoint' in here(f'--out_dir={tmp_path}/x', code=2)[1]
+
+def test_a_tilde_is_the_home_folder(here, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    save(tmp_path / 'run')
+    (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbfmy\r\nlove')
+    for args in ['--out_dir=~/run'], ['--ckpt=~/run/ckpt_best.pt'], [f'--out_dir={tmp_path}/run']:
+        assert here(*args, '--start=FILE:~/prompt.txt')[0].startswith('my\nlove')
+    assert "cannot read ~" not in here('--out_dir=~/run', '--start=FILE:~/none.txt', code=2)[1]
+    assert "unknown character '~'" in here('--out_dir=~/run', '--start=~/prompt.txt', code=2)[1] # text, no path
+
+# a dataset's own objectives
+
+PROVIDER = textwrap.dedent('''
+    from model import GPT, UserError
+    from prepare import PrepareError
+
+    class Mine(GPT):
+        def generate(self, idx, max_new_tokens, **more):
+            {}
+            return super().generate(idx, max_new_tokens, **more)
+
+    OBJECTIVES = {{'mine': Mine}}
+''')
+
+def test_a_bug_in_somebodys_generate_keeps_its_traceback(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+    data = tmp_path / 'data'
+    data.mkdir()
+    folder = save(tmp_path / 'run', 'mine', dataset=data, kind=GPT)
+    for line, error in ('assert idx is None, "mine"', AssertionError), ('raise ValueError("mine")', ValueError), ('raise TypeError("mine")', TypeError), \
+            ('raise RuntimeError("mine")', RuntimeError), ('raise KeyError("mine")', KeyError), ('open("mine/nowhere")', OSError), ('1 / 0', ZeroDivisionError):
+        (data / 'provider.py').write_text(PROVIDER.format(line))
+        with pytest.raises(error):
+            here(f'--out_dir={folder}')
+    for line in 'raise UserError("mine says no")', 'raise PrepareError("mine says no")':
+        (data / 'provider.py').write_text(PROVIDER.format(line))
+        assert 'error: mine says no' in here(f'--out_dir={folder}', code=2)[1]
+    (data / 'provider.py').write_text(PROVIDER.format('pass'))
+    assert 'mine' in here(f'--out_dir={folder}')[1]
+
+def test_options_of_somebodys_generate(here, tmp_path, monkeypatch):
+    """ what it does not take is refused where it was given, and left out where it is a default """
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+    data = tmp_path / 'data'
+    data.mkdir()
+    folder = save(tmp_path / 'run', 'mine', dataset=data, kind=GPT)
+    code = PROVIDER.format('print("told", more.keys() - {"stop", "on_step"})')
+    (data / 'provider.py').write_text(code)
+    assert "told {'temperature'}" in here(f'--out_dir={folder}')[0]
+    (data / 'provider.py').write_text(code.replace('**more)', 'stop=None, on_step=None, top_k=None)').replace('more.keys()', '{"none"}'))
+    assert "told {'none'}" in here(f'--out_dir={folder}', '--top_k=3')[0]
+    for arg in '--temperature=1', '--temperature=0.8', '--steps=3':
+        assert f"mine has no use for {arg.split('=')[0]}: it takes max_new_tokens, top_k, stop" in here(f'--out_dir={folder}', arg, code=2)[1]
+
+def test_a_provider_that_is_not_there(here, tmp_path, monkeypatch):
+    """ its objective is missed; a model of ours needs no dataset """
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+    data = tmp_path / 'data'
+    folder = save(tmp_path / 'run', 'mine', dataset=data, kind=GPT)
+    says = f'the checkpoint has the objective mine, from the provider.py of its dataset, but {data}/provider.py is not there: put it back'
+    assert says in here(f'--out_dir={folder}', code=2)[1]
+    data.mkdir()
+    assert says in here(f'--out_dir={folder}', code=2)[1]
+    (data / 'provider.py').write_text("OBJECTIVES = {'other': int}")
+    assert 'provider.py defines others' in here(f'--out_dir={folder}', code=2)[1]
+    assert here(f"--out_dir={save(tmp_path / 'ours', dataset=tmp_path / 'gone')}")[0]
+
+def test_the_text_a_checkpoint_knows_is_the_dataset_of_its_day(here, tmp_path, capsys):
+    """ a dataset that was prepared again, with other letters, changes nothing; how it was prepared stays in the checkpoint """
+    (tmp_path / 'a.txt').write_text(TEXT * 20)
+    prepare.prepare('text', str(tmp_path / 'data'), input=str(tmp_path / 'a.txt'))
+    meta, _ = prepare.read_meta(str(tmp_path / 'data')), capsys.readouterr()
+    folder = save(tmp_path / 'run', meta=meta, dataset=tmp_path / 'data')
+    before = here(f'--out_dir={folder}')[0]
+    (tmp_path / 'a.txt').write_text('xyz' * 99)
+    prepare.prepare('text', str(tmp_path / 'data'), input=str(tmp_path / 'a.txt'))
+    capsys.readouterr()
+    assert here(f'--out_dir={folder}')[0] == before
+    assert torch.load(folder / 'ckpt_best.pt', weights_only=True)['meta']['settings'] == {'input': f'{tmp_path}/a.txt', 'val_fraction': 0.1}
