@@ -126,6 +126,7 @@ device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mp
 dtype = 'auto' # auto (bfloat16 on cuda that has it, else float32) | float32 | bfloat16 | float16
 compile: bool | None = None # torch.compile; None: on cuda only, because on a cpu it takes minutes
 # -----------------------------------------------------------------------------
+configurator.print_anything()
 given = {} # which settings the command line and its config files name, and where
 config = configure(globals(), given=given)
 
