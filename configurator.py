@@ -175,7 +175,11 @@ def configure(settings, argv=None, saved={}, given=None):
         arg = arg.removeprefix('--config=') # the same as the file alone
         key, equals, text = arg.removeprefix('--').partition('=')
         if arg in ('-h', '--help'):
-            print_help(settings, config)
+            try:
+                print_help(settings, config)
+                sys.stdout.flush()
+            except BrokenPipeError: # as in `train.py --help | head`: python would complain once more at its end
+                os._exit(141)
             raise SystemExit(0)
         elif not arg.startswith('-'):
             for name, value in run_config(arg, config).items():

@@ -313,6 +313,11 @@ def test_nobody_reads_on(corpus, tmp_path):
     assert 3 <= reached < 100000
     run('train.py --init_from=resume', f'--max_iters={reached + 2}', f'--out_dir={tmp_path}/run')
 
+def test_nobody_reads_the_help_on():
+    for script in 'train.py', 'sample.py', 'prepare.py':
+        done = subprocess.run(['bash', '-c', f'{sys.executable} -u {script} --help | head -n 1'], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.count('\n') == 1 and done.stderr == ''
+
 # ---- resuming under other settings
 
 def test_tokens_are_counted_and_not_multiplied(corpus, tmp_path, here):
