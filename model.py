@@ -1052,6 +1052,17 @@ class Denoiser(GPT):
         cache.keep(s - first)
         return x
 
+def bell(u):
+    """
+    u (n,), uniform on (0, 1] -> t (n,) in (0, 1], distributed as Beta(2, 2): the inverse of 3 t^2 - 2 t^3, by trigonometry. Near 0 a
+    sum of positive terms, where the textbook's 1/2 - sin(asin(1 - 2u) / 3) cancels to 0; near 1 by symmetry.
+    """
+    exact = u if u.device.type == 'mps' else u.double() # MPS has no float64; elsewhere t never falls where u grows
+    near = torch.minimum(exact, 1 - exact)
+    angle = near.sqrt().asin() / 3
+    t = 2 * angle.sin() * (angle + math.pi / 3).sin()
+    return torch.where(exact < 0.5, t, 1 - t).to(u.dtype)
+
 class MDLM(Denoiser):
     """
     mdlm: masked diffusion (https://arxiv.org/abs/2406.07524, https://arxiv.org/abs/2502.09992). A token is hidden with probability t;
@@ -1084,8 +1095,7 @@ class MDLM(Denoiser):
         """
         t = torch.randperm(n, device=device) if used is None else (torch.rand(n, device=device) + ~used).argsort().argsort()
         t = ((t + (1 - torch.rand(n, device=device))) / (n if used is None else used.sum().clamp(min=1))).clamp(max=1) # never 0, however many
-        if self.config.t_dist == 'bell':
-            t = 0.5 - torch.sin(torch.asin((1 - 2 * t).clamp(-1, 1)) / 3) # the inverse of 3 t^2 - 2 t^3, Beta(2, 2)'s distribution
+        t = bell(t) if self.config.t_dist == 'bell' else t
         return self.config.t_min + (self.config.t_max - self.config.t_min) * t
 
     def corrupt(self, idx, targets, block_ids=None):
@@ -1111,7 +1121,8 @@ class MDLM(Denoiser):
         logits, ce = self.ce(x, targets, rows)
         # 1/t: a token is hidden with probability t, so this undoes how rarely we ask about it
         weight = 1 / t if self.config.single_ratio_per_sequence else torch.full_like(t, 2 / (self.config.t_min + self.config.t_max))
-        return logits, (ce * (weight * masked).flatten()[rows]).sum() / self.scored(targets, groups).sum().clamp(min=1)
+        weight = weight.masked_fill(~masked, 0) # not times masked: 1/t may be infinite where nothing is hidden
+        return logits, (ce * weight.flatten()[rows]).sum() / self.scored(targets, groups).sum().clamp(min=1)
 
     def enough_rows(self, B, T, block_ids=None):
         """ a fixed number of rows, so that nothing waits for the device, that holds all masked ones but once in 10^9 steps """

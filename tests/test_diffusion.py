@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, UserError, dense_mask, leading, random_subset, reverse_steps
+from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, UserError, bell, dense_mask, leading, random_subset, reverse_steps
 
 KINDS = [ # every way to denoise: objective, attention, block size, segments, more
     ('mdlm', dict(attention='full')),
@@ -181,6 +181,67 @@ def test_ratios_per_token_weigh_by_their_mean():
     ce = F.cross_entropy(log_probs(model, xt, x).flatten(0, 1), x.flatten(), reduction='none').view(8, 8)
     torch.manual_seed(0)
     assert torch.allclose(model(x, x)[1], (ce * masked).sum() / 0.3 / 64)
+
+def beta_quantile(u):
+    """ t with 3 t^2 - 2 t^3 = u, by bisection in float64 of the smaller side """
+    near = torch.minimum(u.double(), 1 - u.double())
+    low, high = torch.zeros_like(near), torch.ones_like(near)
+    for _ in range(200):
+        middle = (low + high) / 2
+        below = middle * middle * (3 - 2 * middle) < near
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where(u < 0.5, high, 1 - high)
+
+def test_the_bell_is_beta_2_2_to_the_last_bit():
+    """ within an ulp of a float64 reference on all of (0, 1], from the smallest float on; never 0, never above 1, never falling """
+    steps = torch.arange(1, 2 ** 24 + 1, dtype=torch.double).div(2 ** 24).float() # all that 1 - torch.rand() can be
+    small = torch.cat([2.0 ** torch.arange(-149, -24), torch.rand(20000) * 1e-6]).sort().values
+    next_floats = (torch.tensor([1e-45, 1e-38, 1e-9, 0.1, 0.49999, 0.9999]).view(torch.int32)[:, None] + torch.arange(2000, dtype=torch.int32)).view(torch.float32).clamp(max=1)
+    for u in steps, small[small > 0], *next_floats:
+        t = bell(u)
+        assert t.dtype == torch.float and t.min() > 0 and t.max() <= 1 and (t.diff() >= 0).all()
+        some = torch.cat((torch.arange(50), torch.randint(len(u), (20000,)), torch.arange(len(u) - 50, len(u))))
+        ulp = torch.nextafter(t[some], torch.tensor(2.0)) - t[some]
+        assert ((t[some].double() - beta_quantile(u[some])).abs() <= ulp).all()
+    assert bell(torch.ones(1)) == 1 and bell(torch.full((1,), 0.5)) == 0.5
+
+@pytest.mark.parametrize('settings, quantile', [
+    ({}, lambda u: u), (dict(t_dist='bell'), beta_quantile), (dict(t_min=0.3), lambda u: 0.3 + 0.7 * u), (dict(t_max=0.6), lambda u: 0.6 * u),
+    (dict(t_min=0.2, t_max=0.7, t_dist='bell'), lambda u: 0.2 + 0.5 * beta_quantile(u)), (dict(t_min=0.9999), lambda u: 0.9999 + 0.0001 * u)])
+def test_noise_levels_have_the_distribution_asked_for(settings, quantile):
+    """ one level in each n-th of it, whatever is drawn within: the n-th parts of (0, 1] are open below and closed above """
+    model, n = build('mdlm', **settings), 40000
+    torch.manual_seed(0)
+    for t in model.sample_t(n), model.sample_t(2 * n, used=torch.arange(2 * n) % 2 == 0)[::2]:
+        t, edges = t.sort().values.double(), quantile(torch.arange(n + 1).double() / n)
+        assert (t >= edges[:-1] - 1e-6).all() and (t <= edges[1:] + 1e-6).all() and 0 < t.min() and t.max() <= 1
+
+@pytest.mark.parametrize('settings', [{}, dict(t_dist='bell'), dict(t_max=1e-3), dict(t_dist='bell', t_max=1e-3)])
+@pytest.mark.parametrize('n', [1, 64, 64 * 1024])
+def test_no_draw_gives_a_level_of_zero(settings, n, monkeypatch):
+    """ the least and the largest that torch.rand can return """
+    model = build('mdlm', **settings)
+    for drawn, least, most in (1 - 2 ** -24, 2 ** -24 / n, 1), (0.0, 1 / n, 1):
+        monkeypatch.setattr(torch, 'rand', lambda *size, device=None: torch.full(size, drawn))
+        t = model.sample_t(n)
+        assert t.min() > 0 and t.max() <= 1
+        if not settings:
+            assert abs(t.min().item() / least - 1) < 1e-6 and (drawn > 0 or t.max() == most)
+
+@pytest.mark.parametrize('level', [0.0, 1e-45, 1e-38, 2.0 ** -60])
+@pytest.mark.parametrize('kind', [('mdlm', {}), ('mdlm', dict(t_dist='bell')), ('bd3lm', dict(diffusion_block_size=2))], ids=str)
+def test_what_is_not_hidden_has_no_weight(kind, level, monkeypatch):
+    """ 1/t of a row or block that hides nothing may be infinite; loss and gradient are those of the others """
+    model, x = build(kind[0], **kind[1]), torch.randint(5, (4, 8))
+    def sample_t(n, device=None, used=None):
+        return torch.ones(n).index_fill(0, torch.arange(n // 2), level)
+    monkeypatch.setattr(model, 'sample_t', sample_t)
+    xt, masked, t = model.corrupt(x, x)
+    assert (t < 1e-9).float().mean() == 0.5 and torch.equal(masked, t == 1)
+    ce = F.cross_entropy(log_probs(model, xt, x).flatten(0, 1), x.flatten(), reduction='none').view(4, 8)
+    loss = model(x, x)[1]
+    loss.backward()
+    assert torch.allclose(loss, ce[masked].sum() / 32) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 @pytest.mark.parametrize('batch', [1, 3, 16])
 def test_noise_levels_are_uniform_for_every_row_and_block(batch):
