@@ -544,15 +544,62 @@ def scheduling_matrix(kind, horizon, sampling_timesteps, uncertainty_scale):
 # -----------------------------------------------------------------------------
 # objectives
 
+def who_says(cls, *names):
+    """ the nearest class of the mro that gives one of these names a value, None where none does """
+    return next((c for c in cls.__mro__ if any(vars(c).get(name) is not None for name in names)), None)
+
+def changed_since(cls, owner, names):
+    """ those of them that are not in cls what they are in owner; a mixin may be about any class, so only what it has counts """
+    names = [name for name in names if hasattr(owner, name) or issubclass(owner, GPT)]
+    return [name for name in names if getattr(cls, name, None) != getattr(owner, name, None)]
+
+def not_inherited(cls, claim, owner, changed):
+    """ what stands in cls in place of a method of `owner`, because cls changed what that method is about """
+    @functools.wraps(getattr(owner, claim)) # sample.py reads the parameters of generate
+    def refuse(self, *args, **options):
+        raise UserError(f"{cls.__name__} defines its own {', '.join(changed)}, so {claim} of {owner.__name__} is not about it: define "
+                        f"{claim} in {cls.__name__}, or write {claim} = {owner.__name__}.{claim} there if it holds all the same")
+    return refuse
+
+NOTHING_SAID = {'loss_name': 'ce', 'views': lambda self: {}, 'metrics': lambda self, *args, **batch: {}} # of a class by itself
+
 class GPT(nn.Module):
     """
     ar: predict the next token; the trunk that every other objective shares, with the same parameter names.
     The contract with the training loop is `logits, loss = model(**batch)`; batch holds idx (B, T), optional targets
     (B, T), aligned with idx, -1 = not scored (and never corrupted), and whatever else a provider sends.
+    A subclass that trains in another way does not inherit a bound or a sampler that are not its own: see __init_subclass__.
+    A subclass of GPT itself that defines forward alone, say with smoothed labels, has no bound but still writes and is still
+    measured token by token: generate and metrics ask next_token_logits, which its forward is trusted to train.
     """
-    loss_name = 'nll' # what forward's loss is, in nats per scored token
+    loss_name = 'nll' # what forward's loss is, in nats per scored token; 'ce' is one that bounds nothing
     bound_name = 'nll' # what nll_bound gives: 'nll' is exact, 'nelbo' an upper bound, None: there is none
     attentions = ('causal',) # patterns this objective can be trained with, its default first
+    rests_on = { # what a class says of itself, and what that is about: where a subclass changes the latter, it loses the former
+        'loss_name': ('forward', 'corrupt', 'shift', 'next_token_logits', 'next_token_loss'),
+        'nll_bound': ('forward', 'corrupt', 'shift', 'next_token_logits'),
+        'generate': ('attentions', 'corrupt', 'shift', 'next_token_logits'),
+        'metrics': ('attentions', 'corrupt', 'shift', 'next_token_logits'),
+    }
+
+    def __init_subclass__(cls, **options):
+        """
+        Where this class defines anew what a claim of its parent rests on, it does not inherit the claim: loss_name is 'ce',
+        bound_name None, views() and metrics() are empty, and nll_bound, nll_order and generate say what to define. A claim that
+        still holds is kept by naming it in the class: generate = MDLM.generate (text is still written by filling in [MASK]),
+        bound_name = 'nelbo' (nll_bound and nll_order still hold).
+        """
+        super().__init_subclass__(**options)
+        bounds = next(vars(c) for c in cls.__mro__ if {'nll_bound', 'bound_name'} & vars(c).keys())
+        if cls.bound_name is None and 'bound_name' not in bounds: # a bound without a name
+            cls.bound_name = 'nelbo' # the weaker of the two
+        for claim, grounds in cls.rests_on.items():
+            owner = who_says(cls, claim, 'bound_name') if claim in ('nll_bound', 'nll_order') else who_says(cls, claim)
+            changed = changed_since(cls, owner, grounds) if hasattr(cls, claim) else []
+            if changed:
+                setattr(cls, claim, NOTHING_SAID.get(claim) or not_inherited(cls, claim, owner, changed))
+            if changed and claim == 'nll_bound':
+                cls.bound_name = None
 
     def __init__(self, config):
         super().__init__()
@@ -793,6 +840,14 @@ class Denoiser(GPT):
     loss_name, bound_name = 'ce', None # whatever the provider's corruption is, its cross-entropy bounds no likelihood
     attentions = ('full', 'causal', 'block', 'hierarchical')
     favourite_order = 'random'
+    rests_on = { # a bound uses all of (0, 1] and no weights of the loss, so levels and weights are the loss's alone
+        'loss_name': ('forward', 'corrupt', 'groups', 'scored', 'ce', 'sample_t', 'nelbo', 'rows', 'enough_rows'),
+        'nll_bound': ('forward', 'corrupt', 'groups', 'scored', 'ce', 'denoise'),
+        'nll_order': ('forward', 'corrupt', 'groups', 'scored', 'denoise'),
+        'generate': ('forward', 'corrupt', 'groups', 'scored'),
+        'metrics': ('forward', 'corrupt', 'groups', 'scored', 'denoise'),
+        'views': ('forward',),
+    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -801,7 +856,7 @@ class Denoiser(GPT):
         check(0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]")
         check(c.attn_backend != 'flex' or c.dropout == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa")
         check(c.ar_weight >= 0, f"ar_weight is {c.ar_weight}, expected 0 (off) or more")
-        check(c.ar_weight == 0 or self.bound_name, f"{name} has no next-token loss: leave ar_weight out")
+        check(c.ar_weight == 0 or type(self).forward is not Denoiser.forward, f"{name} has no next-token loss: leave ar_weight out")
         check(self.two_streams or not c.clean_causal, f"clean_causal is about the clean stream of bd3lm, and {name} has none: leave it out")
         check(c.clean_causal or c.ar_weight == 0 or not self.two_streams,
               "ar_weight needs clean_causal=True: else a clean token sees the next one")
@@ -1069,6 +1124,7 @@ class MDLM(Denoiser):
     t is drawn per row, or per segment of a hierarchy.
     """
     bound_name = 'nelbo'
+    generate = Denoiser.generate # [MASK] is what hides tokens in training too
     favourite_order = 'margin' # of samples of tiny shakespeare, an ar model's nll is 2.58 nats/char in this order, 2.62 to 2.89 in the others
 
     @property
@@ -1225,6 +1281,8 @@ class BD3LM(MDLM):
     t is drawn per block. Trained on the noisy and the clean copy of a text at once.
     """
     attentions = ('block', 'hierarchical')
+    bound_name = 'nelbo' # its forward hides what mdlm's hides, so all that mdlm says of itself holds here too
+    loss_name, generate, metrics, views = MDLM.loss_name, MDLM.generate, MDLM.metrics, MDLM.views
     favourite_order = 'left_to_right' # blocks of 4: 1.56 nats/char, 1.77 to 2.19 in the others
     two_streams = True
 
@@ -1271,6 +1329,12 @@ class DFGPT(GPT):
     where the second factor is a formula and the first a GPT that reads noisy text. x0 is predicted as the mean of the embeddings under it.
     """
     attentions = ('causal', 'full')
+    rests_on = { # loss_name is 'ce' or 'mse', which claims nothing
+        'nll_bound': ('forward', 'corrupt', 'q_sample', 'df_noise', 'likelihood', 'df_target', 'df_posterior'),
+        'generate': ('forward', 'corrupt', 'q_sample', 'df_noise', 'likelihood', 'df_target'),
+        'metrics': ('forward', 'corrupt', 'q_sample', 'df_noise', 'likelihood', 'df_target'),
+        'views': ('forward', 'corrupt', 'q_sample', 'df_noise', 'likelihood', 'df_target', 'df_posterior'),
+    }
 
     def __init__(self, config):
         super().__init__(config)

@@ -1,14 +1,21 @@
 """
 Laws of the network and of the attention rule. They hold for random weights, so nothing here trains for long.
 """
+import inspect
+import json
 import math
+import os
+import textwrap
 from dataclasses import asdict
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, OBJECTIVES, GPTConfig, Cache, UserError, attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
+import prepare
+from model import BD3LM, DFGPT, GPT, MDLM, OBJECTIVES, Cache, Denoiser, GPTConfig, UserError
+from model import attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
+from tests.test_train import TINY, here # noqa: F401, a fixture
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
 SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='rmsnorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
@@ -397,3 +404,98 @@ def test_checkpoints_give_the_weights_asked_for(tmp_path):
     assert torch.equal(raw.lm_head.weight * 2, average.lm_head.weight) and not raw.training
     with pytest.raises(ValueError, match='cannot be read as ar'):
         load_checkpoint(tmp_path / 'c.pt', view='ar')
+
+# ---- what a subclass inherits
+
+def own(self, *args, **options):
+    """ a method of somebody's own """
+
+WHOLE = dict(loss='kept', bound='kept', writes=True, measures=True, views=True)
+NOTHING = dict(loss='ce', bound=None, writes=False, measures=False, views=False)
+HEIRS = [ # a class, what a subclass of it defines, and what of the rest still holds
+    (GPT, dict(forward=own), NOTHING | dict(writes=True, measures=True)),
+    (GPT, dict(forward=own, attentions=('full',)), NOTHING),
+    (GPT, dict(shift=own), NOTHING), (GPT, dict(next_token_logits=own), NOTHING), (GPT, dict(forward=own, corrupt=own), NOTHING),
+    (GPT, dict(next_token_loss=own), WHOLE | dict(loss='ce')), (GPT, dict(logits=own), WHOLE), (GPT, dict(__init__=own, embed=own, trunk=own), WHOLE),
+    (GPT, dict(forward=own, nll_bound=own), NOTHING | dict(bound='kept', writes=True, measures=True)),
+    (Denoiser, dict(forward=own), NOTHING), (Denoiser, dict(forward=own, nll_bound=own), NOTHING | dict(bound='nelbo')),
+    (DFGPT, dict(forward=own), NOTHING | dict(loss='kept')), (DFGPT, dict(q_sample=own), NOTHING | dict(loss='kept')),
+    (DFGPT, dict(df_noise=own), NOTHING | dict(loss='kept')), (DFGPT, dict(_compute_loss_weight=own, df_context=own), WHOLE),
+    *((kind, *case) for kind in (MDLM, BD3LM) for case in [
+        ({}, WHOLE), (dict(forward=own), NOTHING), (dict(corrupt=own), NOTHING | dict(views=True)), (dict(groups=own), NOTHING | dict(views=True)),
+        (dict(scored=own), NOTHING | dict(views=True)), (dict(forward=own, corrupt=own, nelbo=own, sample_t=own), NOTHING),
+        (dict(ce=own), WHOLE | dict(loss='ce', bound=None)), (dict(denoise=own), WHOLE | dict(bound=None, measures=False)),
+        (dict(nelbo=own), WHOLE | dict(loss='ce')), (dict(sample_t=own), WHOLE | dict(loss='ce')), (dict(rows=own), WHOLE | dict(loss='ce')),
+        (dict(logits=own, embed=own, __init__=own), WHOLE), (dict(generate=own, metrics=own), WHOLE),
+        (dict(forward=own, nll_bound=own), NOTHING | dict(bound='kept')), (dict(corrupt=own, bound_name='nelbo'), NOTHING | dict(bound='kept', views=True)),
+        (dict(forward=own, bound_name=None), NOTHING), (dict(forward=own, loss_name='nelbo'), NOTHING | dict(loss='nelbo')),
+        (dict(forward=own, generate=MDLM.generate), NOTHING | dict(writes=True)), (dict(forward=own, generate=own), NOTHING | dict(writes=True)),
+        (dict(forward=own, loss_name=MDLM.loss_name, bound_name='nelbo', generate=MDLM.generate, metrics=MDLM.metrics, views=MDLM.views), WHOLE)]),
+]
+
+@pytest.mark.parametrize('how', ['class', 'mixin', 'grandchild', 'wrapped'])
+@pytest.mark.parametrize('parent, defines, holds', HEIRS, ids=lambda x: x.__name__ if isinstance(x, type) else ','.join(x) or 'nothing')
+def test_a_class_claims_only_what_is_its_own(parent, defines, holds, how):
+    """ another corruption has no bound and no sampler of [MASK], other weights of the loss have both; whichever way the class is made """
+    kind = {'class': lambda: type('Mine', (parent,), defines),
+            'mixin': lambda: type('Mine', (type('Own', (), defines), parent), {}),
+            'grandchild': lambda: type('Mine', (type('Base', (parent,), defines),), {}),
+            'wrapped': lambda: type('Mine', (type('Base', (parent,), {}),), defines)}[how]()
+    refuses = lambda claim: getattr(kind, claim).__code__.co_name == 'refuse'
+    assert (kind.loss_name == 'ce') if holds['loss'] == 'ce' else kind.loss_name is (parent.loss_name if holds['loss'] == 'kept' else 'nelbo')
+    assert kind.bound_name == (parent.bound_name if holds['bound'] == 'kept' else holds['bound'])
+    assert refuses('nll_bound') == (holds['bound'] is None) or parent is Denoiser
+    assert refuses('generate') != holds['writes']
+    ours = object.__new__(kind) # no network: what is empty is so without one
+    for claim, kept in ('metrics', holds['measures']), ('views', holds['views']):
+        assert kept or getattr(kind, claim)(ours) == {}
+        assert not kept or getattr(kind, claim) is (defines.get(claim) or getattr(parent, claim))
+    if 'nll_order' in dir(parent):
+        assert refuses('nll_order') == (not {'bound_name'} & {k for k, v in defines.items() if v} and bool(defines.keys() & set(parent.rests_on['nll_order'])))
+    for claim in 'generate', 'nll_bound':
+        if refuses(claim): # one sentence: who, what, and what to write; and the parameters are known before the call
+            with pytest.raises(UserError, match=f'(Mine|Base) defines its own .*: define {claim} in (Mine|Base), or write {claim} = '):
+                getattr(kind, claim)(ours, None)
+            assert inspect.signature(getattr(kind, claim)) == inspect.signature(getattr(parent, claim))
+
+def test_the_objectives_here_keep_their_names():
+    assert {name: (kind.bound_name, kind.loss_name) for name, kind in OBJECTIVES.items() if name in ('ar', 'denoise')} == {'ar': ('nll', 'nll'), 'denoise': (None, 'ce')}
+    for name, settings, loss in ('mdlm', {}, 'nelbo'), ('bd3lm', dict(diffusion_block_size=4, attention='block'), 'nelbo'), ('mdlm', dict(t_dist='bell'), 'ce'):
+        model = OBJECTIVES[name](GPTConfig(**{**dict(block_size=8, vocab_size=8, mask_id=7, n_layer=1, n_head=1, n_embd=8, attention='full'), **settings}))
+        assert (model.measured, model.bound_name, model.loss_name) == ('nelbo', 'nelbo', loss)
+    df = DFGPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8, attention='causal'))
+    assert (df.measured, df.loss_name) == ('nelbo', 'ce') and set(df.views()) == {'autoregressive', 'pyramid', 'full_sequence'}
+
+def test_a_corruption_of_ones_own_has_neither_bound_nor_sampler(tmp_path, here):
+    """ uniform noise in place of [MASK], as a person would write it: ce and no nelbo anywhere; sample.py says what is missing """
+    (tmp_path / 'a.txt').write_text('The quick brown fox jumps over the lazy dog.\n' * 60)
+    folder = prepare.prepare('text', str(tmp_path / 'corpus'), 'char', input=str(tmp_path / 'a.txt'))
+    with open(os.path.join(folder, 'provider.py'), 'w') as f:
+        f.write(textwrap.dedent("""
+            import torch
+            from model import MDLM
+            class Uniform(MDLM):
+                def forward(self, idx, targets=None, block_ids=None):
+                    if targets is None:
+                        return super().forward(idx)
+                    # corrupt
+                    noisy = torch.rand(idx.shape) < 0.5
+                    xt = torch.where(noisy, torch.randint_like(idx, self.config.text_size), idx)
+                    # attend
+                    rows = noisy.flatten().nonzero()[:, 0]
+                    x = self.one_stream(xt, only=rows)
+                    # loss
+                    logits, ce = self.ce(x, targets, rows)
+                    return logits, ce.mean()
+            class Writes(Uniform):
+                generate = MDLM.generate
+            OBJECTIVES = {'uniform': Uniform, 'writes': Writes}
+            """))
+    for name in 'uniform', 'writes':
+        text = here('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path}/{name}', f'--objective={name}')
+        log, results = (tmp_path / name / 'log.csv').read_text(), json.loads((tmp_path / name / 'results.json').read_text())
+        assert 'nelbo' not in text + log + json.dumps(results) and 'hidden' not in log and 'ce is no bound:' in text and 'val_ce' in log
+    text = here('sample.py --start=The --num_samples=1', f'--out_dir={tmp_path}/uniform', code=2)
+    assert text.splitlines()[-1] == ('error: Uniform defines its own forward, so generate of MDLM is not about it: define generate in Uniform, '
+                                     'or write generate = MDLM.generate there if it holds all the same')
+    assert 'The' in here('sample.py --start=The --num_samples=1 --max_new_tokens=5', f'--out_dir={tmp_path}/writes')
