@@ -864,6 +864,7 @@ class Denoiser(GPT):
         self.register_buffer('ids', block_ids(c.attention, c.block_size, cut, c.lengths), persistent=False)
         self.id_list = self.ids.tolist() # for decisions that must not wait for a device
         self._masks = {} # built once per length and device
+        self.met_corruption = False # of a provider
     two_streams = False # trained on a noisy and a clean copy of the text at once
 
     @property
@@ -956,11 +957,22 @@ class Denoiser(GPT):
         logits = self.logits(x)
         return logits, F.cross_entropy(logits, targets.flatten()[rows].clamp(min=0), reduction='none')
 
+    def check_corrupted(self, idx, targets):
+        """
+        a sentence where nothing that is scored is corrupted: the loss would only teach to copy. Until the first batch that has
+        something: a provider that corrupts little may once leave a small batch as it is, and later batches need not wait for the device
+        """
+        if not self.met_corruption:
+            scored = targets != -1
+            self.met_corruption = bool((scored & (idx != targets)).any())
+            check(self.met_corruption or not scored.any(), "nothing is hidden: denoise fills in what the Provider in provider.py of a dataset "
+                  "corrupted, and in these rows every scored token stands in idx as it is in targets")
+
     def forward(self, idx, targets=None, block_ids=None):
         # corrupt: the provider did
         if targets is None:
             return self.logits(self.one_stream(idx, block_ids)), None
-        check(not torch.equal(idx, targets), "nothing is hidden: denoise fills in what a subclass, in provider.py of a dataset, corrupted, and these rows are as they were")
+        self.check_corrupted(idx, targets)
         # attend
         rows = (targets.flatten() != -1).nonzero()[:, 0]
         x = self.one_stream(idx, block_ids, rows)

@@ -533,6 +533,23 @@ def test_denoise_scores_what_the_provider_asks_for():
         model.nll_bound(corrupted, targets)
     assert model.generate(corrupted.masked_fill(targets != -1, -1), 0).max() < 5
 
+@pytest.mark.parametrize('scored', [slice(0, 8), slice(3, 8), slice(0, 8, 3), slice(5, 6)], ids=str)
+@pytest.mark.parametrize('elsewhere', [False, True])
+def test_denoise_refuses_to_learn_to_copy(scored, elsewhere):
+    """ whatever is not scored (a question, pads, all but a few tokens) may differ or not: what is scored must, in some place """
+    model, x = build('denoise'), torch.randint(5, (4, 8))
+    targets = torch.full_like(x, -1)
+    targets[:, scored] = x[:, scored]
+    idx = torch.where(targets == -1, 7, x) if elsewhere else x
+    for _ in range(2): # and not once only
+        with pytest.raises(UserError, match='nothing is hidden: denoise fills in what the Provider'):
+            model(idx, targets)
+    assert model(idx, torch.full_like(x, -1))[1] == 0 # nothing scored is no loss
+    idx = idx.clone()
+    idx[2, scored.start] = 7 # the others stay visible, as BERT's do
+    assert model(idx, targets)[1] > 0
+    assert model(x, targets)[1] > 0 # a provider that corrupts little met a small batch
+
 @every_kind
 @pytest.mark.filterwarnings('ignore:flex_attention called without')
 @torch.no_grad()
