@@ -196,7 +196,7 @@ class GPTConfig:
     qk_norm: bool = True # layernorm on queries and keys, with a gain (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = False # one matrix for embedding and head
     init: str = 'zero' # zero: output projections (and an untied head) start at 0 | gpt2: small normals, scaled by depth
-    attention: str = 'causal' # causal | full | block | hierarchical: see block_ids
+    attention: str = None # causal | full | block | hierarchical: see block_ids. None: usual_attention of the objective
     diffusion_block_size: int = None # tokens per block; None: segments of a hierarchy stay whole
     segments: str = None # lengths of a hierarchy, the question first: '128,128,256', each with or without a name, 'plan:128'
     causal_within_block: bool = False # hierarchical: plan and execution see no later tokens of their own block
@@ -231,11 +231,11 @@ class GPTConfig:
     def __post_init__(self):
         for name, options in CHOICES.items():
             value = getattr(self, name)
-            check(value in options, f"{name} is {value!r}, expected one of {', '.join(options)}")
+            check(value in options or name == 'attention' and value is None, f"{name} is {value!r}, expected one of {', '.join(options)}")
         check(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         head = self.n_embd // self.n_head
         check(self.pos != 'rope' or head % 2 == 0, f"rope turns pairs: a head of {head} dimensions (n_embd / n_head) is odd")
-        check(not self.causal_within_block or self.attention == 'hierarchical', "causal_within_block is about the segments of attention=hierarchical")
+        check(not self.causal_within_block or self.attention in ('hierarchical', None), "causal_within_block is about the segments of attention=hierarchical")
         self.text_size = self.vocab_size if self.text_size is None else self.text_size
         check(self.text_size <= self.vocab_size, f"text_size {self.text_size} exceeds vocab_size {self.vocab_size}")
 
@@ -603,6 +603,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.attention is None: # in a copy: another objective may be given the same config
+            config = replace(config, attention=self.usual_attention(config.segments))
         check(config.attention in self.attentions,
               f"{type(self).__name__} works with attention {' | '.join(self.attentions)}, not {config.attention!r}")
         self.config, self.dropout = config, config.dropout
@@ -642,7 +644,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, **settings):
         """ a model that starts from the weights of read_pretrained; settings: fields of GPTConfig, what they do not fix """
         known, weights, _ = read_pretrained(source)
-        model = cls(GPTConfig(**{**known, 'attention': cls.usual_attention(settings.get('segments')), **settings}))
+        model = cls(GPTConfig(**{**known, **settings}))
         model.load_pretrained(weights)
         return model
 
@@ -851,7 +853,7 @@ class Denoiser(GPT):
 
     def __init__(self, config):
         super().__init__(config)
-        c, name = config, type(self).__name__
+        c, name = self.config, type(self).__name__
         check(c.mask_id is not None, f"{name} needs mask_id, the id that a hidden token reads as")
         check(0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]")
         check(c.attn_backend != 'flex' or c.dropout == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa")
@@ -1351,7 +1353,7 @@ class DFGPT(GPT):
     def __init__(self, config):
         super().__init__(config)
         self.check()
-        c = config
+        c = self.config
         del self.lm_head # predictions are embeddings, or compared with them
         if not self.tokens:
             add = c.df_level_embed == 'add'

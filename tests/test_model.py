@@ -499,3 +499,30 @@ def test_a_corruption_of_ones_own_has_neither_bound_nor_sampler(tmp_path, here):
     assert text.splitlines()[-1] == ('error: Uniform defines its own forward, so generate of MDLM is not about it: define generate in Uniform, '
                                      'or write generate = MDLM.generate there if it holds all the same')
     assert 'The' in here('sample.py --start=The --num_samples=1 --max_new_tokens=5', f'--out_dir={tmp_path}/writes')
+
+@pytest.mark.parametrize('settings, usual', [
+    ({}, dict(ar='causal', denoise='full', mdlm='full', df='causal')), (dict(diffusion_block_size=4), dict(ar='causal', mdlm='full', bd3lm='block')),
+    (dict(segments='2,2,4'), dict(ar='causal', denoise='hierarchical', mdlm='hierarchical', bd3lm='hierarchical', df='causal')),
+    (dict(segments='2,2,4', causal_within_block=True), dict(mdlm='hierarchical', bd3lm='hierarchical')),
+    (dict(attention='causal'), dict(ar='causal', mdlm='causal', df='causal')), (dict(attention='full', segments='2,2,4'), dict(mdlm='full')),
+])
+def test_the_attention_nobody_chose_is_the_objectives(settings, usual, tmp_path):
+    """ resolved in the model's own config and in what it saves, while the config that several classes are given stays as it is """
+    config = GPTConfig(**{**dict(block_size=8, vocab_size=8, mask_id=7, n_layer=1, n_head=1, n_embd=8), **settings})
+    before = asdict(config)
+    for name, attention in usual.items():
+        model = OBJECTIVES[name](config)
+        assert model.config.attention == attention and asdict(config) == before
+        torch.save({'format': 1, 'objective': name, 'config': asdict(model.config), 'model': model.state_dict(), 'ema': None}, tmp_path / 'c.pt')
+        assert load_checkpoint(tmp_path / 'c.pt')[0].config == model.config
+        if attention == 'full': # a later token does change an earlier prediction
+            torch.nn.init.normal_(model.lm_head.weight)
+            [torch.nn.init.normal_(block.attn.c_proj.weight) for block in model.transformer.h]
+            assert not torch.equal(model(torch.zeros(1, 8, dtype=torch.long))[0][:, 0], model(torch.arange(8)[None])[0][:, 0])
+
+def test_an_attention_of_nobody_ends_in_a_sentence():
+    for objective, settings, word in [('ar', dict(attention='full'), 'works with attention causal, not .full'), ('mdlm', dict(attention='diagonal'), 'expected one of causal'),
+                                      ('bd3lm', {}, 'needs diffusion_block_size'), ('mdlm', dict(causal_within_block=True), 'segments of attention=hierarchical'),
+                                      ('df', dict(attention='block', diffusion_block_size=2), 'works with attention causal . full')]:
+        with pytest.raises(UserError, match=word):
+            OBJECTIVES[objective](GPTConfig(**{**dict(block_size=8, vocab_size=8, mask_id=7, n_layer=1, n_head=1, n_embd=8), **settings}))
