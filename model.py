@@ -179,22 +179,13 @@ class Cache:
 # the network
 
 @dataclass
-class GPTConfig:
-    """ what the model is; train.py has a setting of the same name for nearly every field """
+class Task:
+    """ the fields of a GPTConfig that weights leave open: the text, how a model is trained on it, and how it writes """
     block_size: int = 1024 # tokens of context
     vocab_size: int = 50304 # rows of the embedding: the text's ids, then begin, [MASK], pad and padding to a round number
     text_size: int = None # ids a text can contain are below this one, all others have logit -inf. None: all rows
     begin_id: int = None # ar reads it before the first token, so that every token is scored. None: nanoGPT's windows
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False # in linear layers and in layernorm
-    pos: str = 'rope' # rope | learned
-    norm: str = 'layernorm' # layernorm | rmsnorm (as good at 0.8M parameters, slower on a CPU)
-    mlp: str = 'swiglu' # swiglu | gelu | gelu_tanh (GPT-2's approximation of it); equal in parameters
-    qk_norm: bool = True # layernorm on queries and keys, with a gain (https://arxiv.org/abs/2302.05442)
-    tie_weights: bool = False # one matrix for embedding and head
     init: str = 'zero' # zero: output projections (and an untied head) start at 0 | gpt2: small normals, scaled by depth
     attention: str = None # causal | full | block | hierarchical: see block_ids. None: usual_attention of the objective
     diffusion_block_size: int = None # tokens per block; None: segments of a hierarchy stay whole
@@ -209,13 +200,9 @@ class GPTConfig:
     ar_weight: float = 0.0 # weight of a next-token loss: bd3lm's on the clean stream, mdlm's on half of the rows
     attn_backend: str = 'auto' # auto | sdpa | flex. auto: flex on cuda where there is a mask to skip and no dropout, else sdpa
     grad_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, ~1/3 more time
-    df_timesteps: int = 32 # noise levels of training
     df_sampling_timesteps: int = 32 # levels that sampling visits
-    df_objective: str = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
-    df_embed_norm: float = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
     df_clean_share: float = 0.5 # pred_token, causal attention: share of the training rows in which all that a token sees is clean, as in ar
     df_sampler: str = 'auto' # mixture | ddpm | ddim. auto: mixture for pred_token, else ddpm, or ddim where sampling leaves levels out
-    df_beta_schedule: str = 'cosine' # linear | cosine | sigmoid
     df_loss_weight: str = 'fused' # fused | min_snr | uniform: see df_loss_weight
     df_snr_clip: float = 5.0 # signal-to-noise ratios above it weigh no more
     df_cum_snr_decay: float = 0.95 # of the average over earlier tokens in fused weights, per token
@@ -225,6 +212,27 @@ class GPTConfig:
     df_scheduling_matrix: str = 'pyramid' # pyramid | full_sequence | autoregressive | trapezoid: see scheduling_matrix
     df_uncertainty_scale: float = 1.0 # steps a token begins later than the one before it; 0: all at once
     df_chunk_size: int = None # tokens denoised together; 0: all that are asked for. None: half of the context
+
+@dataclass
+class GPTConfig(Task):
+    """
+    what the model is; train.py has a setting of the same name for nearly every field. The weights fix the fields of this class:
+    a checkpoint brings them along wherever its weights go. A field that may change on the way is one of Task.
+    """
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    bias: bool = False # in linear layers and in layernorm
+    pos: str = 'rope' # rope | learned
+    norm: str = 'layernorm' # layernorm | rmsnorm (as good at 0.8M parameters, slower on a CPU)
+    mlp: str = 'swiglu' # swiglu | gelu | gelu_tanh (GPT-2's approximation of it); equal in parameters
+    qk_norm: bool = True # layernorm on queries and keys, with a gain (https://arxiv.org/abs/2302.05442)
+    tie_weights: bool = False # one matrix for embedding and head
+    # of df alone
+    df_objective: str = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
+    df_timesteps: int = 32 # noise levels of training
+    df_beta_schedule: str = 'cosine' # linear | cosine | sigmoid
+    df_embed_norm: float = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
     df_x0_wpe: bool = False # add positions to the embeddings that get noisy, instead of in the network; needs pos='learned'
     df_level_embed: str = 'add' # of squared errors: add | concat (and an MLP): how the network reads noise levels
 
@@ -256,6 +264,11 @@ CHOICES = {'pos': ('rope', 'learned'), 'norm': ('rmsnorm', 'layernorm'), 'mlp': 
            'df_objective': ('pred_noise', 'pred_x0', 'pred_v', 'pred_token'), 'df_sampler': ('auto', 'mixture', 'ddpm', 'ddim'), 'df_beta_schedule': ('linear', 'cosine', 'sigmoid'),
            'df_loss_weight': ('fused', 'min_snr', 'uniform'), 'df_level_embed': ('add', 'concat'),
            'df_scheduling_matrix': ('pyramid', 'full_sequence', 'autoregressive', 'trapezoid')}
+
+# the fields that weights fix, those of every objective and those of df besides
+_FIXED = [f.name for f in fields(GPTConfig) if f not in fields(Task)]
+ARCHITECTURE = tuple(name for name in _FIXED if not name.startswith('df_'))
+DF_ARCHITECTURE = tuple(name for name in _FIXED if name.startswith('df_'))
 
 def make_norm(config):
     return nn.RMSNorm(config.n_embd, eps=1e-5) if config.norm == 'rmsnorm' else nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -1841,9 +1854,6 @@ def read_checkpoint(path):
         raise UserError(f"{path} has checkpoint format {ckpt['format']}, this code reads up to {FORMAT}: update the code")
     return ckpt
 
-# what weights decide; the rest of a GPTConfig is the task's
-ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'tie_weights')
-
 def read_pretrained(source):
     """
     Weights to start from -> (fields of GPTConfig that they fix, weights by our names, {'tokenizer': ...} as far as known).
@@ -1871,7 +1881,8 @@ def read_pretrained(source):
         weights = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items()} # the prefix is torch.compile's
         return known, weights, {'tokenizer': 'gpt2'} if known['vocab_size'] >= 50257 else {}
     ckpt = read_checkpoint(source)
-    known = (*ARCHITECTURE, 'block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id')
+    df = any(name.startswith('df_') for name in ckpt['model'])
+    known = (*ARCHITECTURE, *DF_ARCHITECTURE * df, 'block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id')
     return {k: ckpt['config'][k] for k in known}, ckpt['model'], {k: ckpt['meta'][k] for k in ('tokenizer', 'chars') if k in ckpt['meta']}
 
 def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None):

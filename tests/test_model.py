@@ -1,19 +1,20 @@
 """
 Laws of the network and of the attention rule. They hold for random weights, so nothing here trains for long.
 """
+import contextlib
 import inspect
 import json
 import math
 import os
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import prepare
-from model import BD3LM, DFGPT, GPT, MDLM, OBJECTIVES, Cache, Denoiser, GPTConfig, UserError
+from model import ARCHITECTURE, BD3LM, CHOICES, DF_ARCHITECTURE, DFGPT, GPT, MDLM, OBJECTIVES, Cache, Denoiser, GPTConfig, Task, UserError
 from model import attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
 from tests.test_train import TINY, here # noqa: F401, a fixture
 
@@ -526,3 +527,32 @@ def test_an_attention_of_nobody_ends_in_a_sentence():
                                       ('df', dict(attention='block', diffusion_block_size=2), 'works with attention causal . full')]:
         with pytest.raises(UserError, match=word):
             OBJECTIVES[objective](GPTConfig(**{**dict(block_size=8, vocab_size=8, mask_id=7, n_layer=1, n_head=1, n_embd=8), **settings}))
+
+# ---- checkpoints
+
+def small(objective='mdlm', **settings):
+    torch.manual_seed(0)
+    sizes = dict(block_size=8, vocab_size=8, text_size=5, begin_id=6, mask_id=7, n_layer=1, n_head=2, n_embd=8, df_sampling_timesteps=2)
+    model = OBJECTIVES[objective](GPTConfig(**{**sizes, **settings})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+def other_values(field, value):
+    """ of a field of GPTConfig """
+    if field.name in CHOICES:
+        return [choice for choice in CHOICES[field.name] if choice != value]
+    return {bool: [not value], int: [(value or 4) - 1, (value or 4) + 1], float: [0.25, 0.5]}[field.type]
+
+@pytest.mark.parametrize('objective', ['mdlm', 'df'])
+def test_the_place_of_a_field_says_whether_weights_fix_it(objective):
+    """ those of GPTConfig itself are fixed, without a list of them; any value of a field of Task goes with the same weights and the same logits """
+    assert sorted((*ARCHITECTURE, *DF_ARCHITECTURE)) == sorted(GPTConfig.__annotations__) and not {f.name for f in fields(Task)} & GPTConfig.__annotations__.keys()
+    model, idx = small(objective, attention='causal', pos='learned'), torch.arange(8)[None] % 5
+    meant_to_differ = {'block_size', 'vocab_size', 'begin_id', 'text_size', 'attention', 'diffusion_block_size', 'segments', 'causal_within_block', 'df_stabilization_level'}
+    for field in (field for field in fields(Task) if field.name not in meant_to_differ):
+        for value in other_values(field, getattr(model.config, field.name)):
+            with contextlib.suppress(UserError): # some do not go with the other settings
+                same = type(model)(GPTConfig(**asdict(model.config) | {field.name: value})).eval()
+                same.load_state_dict(model.state_dict())
+                assert torch.equal(same(idx)[0], model(idx)[0]), f"weights fix {field.name}, so it is a field of GPTConfig"
