@@ -661,18 +661,27 @@ class GPT(nn.Module):
         model.load_pretrained(weights)
         return model
 
+    def taken_from(self, weights):
+        """ {name: tensor} of any objective -> what this class takes of it """
+        return dict(weights)
+
     def load_pretrained(self, weights):
         """
         As load_state_dict, but the tables of ids and of positions may have other numbers of rows: those that both have are taken. Objectives
-        share the names of their parameters, so the weights may come from any of them but df, which has another head.
+        share the names of their parameters, so the weights may come from any of them but df, which has another head. What does not
+        fit is named in a UserError.
         """
-        own, weights = self.state_dict(), dict(weights)
+        own, weights = self.state_dict(), self.taken_from(weights)
+        if self.config.tie_weights and 'lm_head.weight' in own and 'transformer.wte.weight' in weights:
+            wte = weights['transformer.wte.weight']
+            check(torch.equal(wte, weights.setdefault('lm_head.weight', wte)), "the weights have a head of their own: set tie_weights=False")
         for name, needed, what in (('transformer.wte.weight', self.config.text_size, 'ids, the text has'), ('lm_head.weight', 0, ''),
                                    ('transformer.wpe.weight', self.config.block_size, 'positions, block_size is')):
-            if name in own and name in weights:
-                n = min(len(own[name]), len(weights[name]))
+            if name in own and torch.is_tensor(w := weights.get(name)) and w.shape[1:] == own[name].shape[1:]:
+                n = min(len(own[name]), len(w))
                 check(n >= needed, f"the weights know {n} {what} {needed}")
-                weights[name] = torch.cat((weights[name][:n].to(own[name]), own[name][n:]))
+                weights[name] = torch.cat((w[:n].to(own[name]), own[name][n:]))
+        check_fit(own, weights)
         self.load_state_dict(weights)
 
     @property
@@ -1401,10 +1410,13 @@ class DFGPT(GPT):
         ]:
             check(fits, f"{name} is {getattr(c, name)}, expected {expected}")
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
+    def taken_from(self, weights):
         """ also of another objective: its trunk begins this model, its head has no use here, and what only df has stays as it is """
         own = {k: v for k, v in self.state_dict().items() if k.startswith('df_')}
-        return super().load_state_dict(own | {k: v for k, v in state_dict.items() if k != 'lm_head.weight'}, *args, **kwargs)
+        return own | {k: v for k, v in weights.items() if k != 'lm_head.weight'}
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        return super().load_state_dict(self.taken_from(state_dict), *args, **kwargs)
 
     @property
     def row_length(self):
@@ -1848,42 +1860,94 @@ def read_pickle(path):
 def read_checkpoint(path):
     """ the dict of a checkpoint that train.py wrote """
     ckpt = read_pickle(path)
-    if not isinstance(ckpt, dict) or 'format' not in ckpt:
+    if not isinstance(ckpt, dict) or not isinstance(ckpt.get('format'), int):
         raise UserError(f"{path} is not one of our checkpoints: it has no 'format'")
     if ckpt['format'] > FORMAT:
         raise UserError(f"{path} has checkpoint format {ckpt['format']}, this code reads up to {FORMAT}: update the code")
     return ckpt
+
+def entry(ckpt, name, where, kind=dict):
+    """ ckpt[name] of a checkpoint, a sentence where there is no such thing """
+    check(isinstance(ckpt.get(name), kind), f"{where} has no {name!r}, so it is not a whole checkpoint")
+    return ckpt[name]
+
+def fixed_by_weights(config, weights, where):
+    """ {field of GPTConfig: value}, what the weights of a checkpoint fix, from the config that it was saved with, perhaps by another version """
+    unknown = sorted(config.keys() - {f.name for f in fields(GPTConfig)})
+    check(not unknown, f"{where} was written by another version: {', '.join(unknown)} is unknown here")
+    fixed = ARCHITECTURE + DF_ARCHITECTURE * any(name.startswith('df_') for name in weights)
+    missing = [name for name in fixed if name not in config] # any other field takes its default
+    check(not missing, f"{where} was written by another version: it does not say {', '.join(missing)}, which the weights fix")
+    return {name: config[name] for name in fixed}
+
+def check_fit(own, weights, whose='the weights'):
+    """ a sentence that names what of `weights` a model with the state dict `own` cannot load; both are {name: tensor} """
+    shapes = {name: tuple(w.shape) if torch.is_tensor(w) else type(w).__name__ for name, w in weights.items()}
+    wrong = [f"{name} is {shapes[name]} there, {tuple(own[name].shape)} here" for name in own if name in weights and shapes[name] != own[name].shape]
+    wrong += [f"{name} is missing" for name in own if name not in weights] + [f"{name} is unknown here" for name in weights if name not in own]
+    check(not wrong, f"{whose} do not fit this model: {'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' * (len(wrong) > 3)}")
+
+# what of a network of our kind is GPT-2's: all but the sizes, the biases and the gelu
+GPT2 = dict(pos='learned', norm='layernorm', qk_norm=False)
+
+def gpt2_weights(weights, where):
+    """
+    Weights of a GPT-2 by nanoGPT's names -> ({field: value} that shows in them, the weights). torch.compile's prefix goes, and the causal
+    mask, which old versions saved. The oldest had a head of their own; who saved a tied one may have left it out.
+    """
+    weights = {str(name).removeprefix('_orig_mod.'): w for name, w in weights.items()}
+    weights = {name: w for name, w in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    wte = weights.get('transformer.wte.weight')
+    check(torch.is_tensor(wte), f"{where} has no weights of a GPT: transformer.wte.weight is missing")
+    head = weights.setdefault('lm_head.weight', wte)
+    return dict(tie_weights=head is wte or torch.equal(head, wte), bias='transformer.ln_f.bias' in weights), weights
+
+def read_nanogpt(ckpt, where):
+    """ a ckpt.pt of nanoGPT, of any version, as read_pretrained gives it """
+    args, saved = entry(ckpt, 'model_args', where), entry(ckpt, 'model', where)
+    sizes = {name: entry(args, name, f"'model_args' of {where}", int) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')}
+    shown, weights = gpt2_weights(saved, where)
+    mlp = 'gelu' if 'bias' in args else 'gelu_tanh' # as long as nanoGPT had no such option, it computed GPT-2's approximation
+    return GPT2 | sizes | shown | dict(mlp=mlp), weights, {'tokenizer': 'gpt2'} if sizes['vocab_size'] in (50257, 50304) else {} # padded
+
+def read_hugging_face(source):
+    """ a GPT-2 of any size from a folder or the hub, as read_pretrained gives it """
+    try:
+        from transformers import GPT2LMHeadModel
+        hf, loaded = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
+    except ImportError:
+        raise UserError(f"{source} is no checkpoint; if it is a GPT-2 of Hugging Face, that needs transformers: pip install transformers") from None
+    except (OSError, ValueError, RuntimeError) as e:
+        why = str(e).strip().partition('\n')[0] or type(e).__name__
+        raise UserError(f"{source} is neither a checkpoint nor a GPT-2 of Hugging Face that can be read ({why})") from None
+    c, gelus = hf.config, {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+    usual = c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx and not c.add_cross_attention
+    check(c.activation_function in gelus and c.n_inner in (None, 4 * c.n_embd) and c.layer_norm_epsilon == 1e-5 and usual,
+          f"{source} is a GPT-2 of another kind: {c.activation_function}, n_inner {c.n_inner}, epsilon {c.layer_norm_epsilon}"
+          f"{'' if usual else ', attention with cross-attention or a scale of its own'}")
+    missing = sorted(loaded['missing_keys']) # transformers would begin those at random
+    check(not missing, f"{source} is not a whole GPT-2: {', '.join(missing[:3])} is missing{f', and {len(missing) - 3} more' * (len(missing) > 3)}")
+    linear = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # there: inputs x outputs
+    shown, weights = gpt2_weights({k: v.t().contiguous() if k.endswith(linear) else v for k, v in hf.state_dict().items()}, source)
+    sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size)
+    return GPT2 | sizes | shown | dict(mlp=gelus[c.activation_function]), weights, {'tokenizer': 'gpt2'}
 
 def read_pretrained(source):
     """
     Weights to start from -> (fields of GPTConfig that they fix, weights by our names, {'tokenizer': ...} as far as known).
     source: a checkpoint of ours or of nanoGPT, or a GPT-2 of Hugging Face, a folder or a hub name (needs transformers).
     """
-    gpt2 = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True)
     if not os.path.isfile(source) and not str(source).endswith('.pt'):
-        try:
-            from transformers import GPT2LMHeadModel
-            hf = GPT2LMHeadModel.from_pretrained(source)
-        except ImportError:
-            raise UserError(f"{source} is no checkpoint; if it is a GPT-2 of Hugging Face, that needs transformers: pip install transformers") from None
-        except (OSError, ValueError, RuntimeError) as e:
-            raise UserError(f"{source} is neither a checkpoint nor a GPT-2 of Hugging Face that can be read ({str(e).strip().splitlines()[0]})") from None
-        c, kinds = hf.config, {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-        if c.activation_function not in kinds or c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5:
-            raise UserError(f"{source} is a GPT-2 of another kind: {c.activation_function}, n_inner {c.n_inner}, epsilon {c.layer_norm_epsilon}")
-        linear = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # there: inputs x outputs
-        weights = {k: v.t().contiguous() if k.endswith(linear) else v for k, v in hf.state_dict().items()}
-        return gpt2 | dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size,
-                           bias=True, mlp=kinds[c.activation_function]), weights, {'tokenizer': 'gpt2'}
-    ckpt = read_pickle(source)
-    if isinstance(ckpt, dict) and 'model_args' in ckpt: # nanoGPT's
-        known = gpt2 | {k: ckpt['model_args'][k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias')}
-        weights = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items()} # the prefix is torch.compile's
-        return known, weights, {'tokenizer': 'gpt2'} if known['vocab_size'] >= 50257 else {}
-    ckpt = read_checkpoint(source)
-    df = any(name.startswith('df_') for name in ckpt['model'])
-    known = (*ARCHITECTURE, *DF_ARCHITECTURE * df, 'block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id')
-    return {k: ckpt['config'][k] for k in known}, ckpt['model'], {k: ckpt['meta'][k] for k in ('tokenizer', 'chars') if k in ckpt['meta']}
+        found = read_hugging_face(source)
+    elif isinstance(ckpt := read_pickle(source), dict) and 'model_args' in ckpt:
+        found = read_nanogpt(ckpt, source)
+    else:
+        ckpt = read_checkpoint(source)
+        config, weights, meta = (entry(ckpt, name, source) for name in ('config', 'model', 'meta'))
+        sizes = {k: config[k] for k in ('block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id') if k in config}
+        found = sizes | fixed_by_weights(config, weights, source), weights, {k: meta[k] for k in ('tokenizer', 'chars') if k in meta}
+    assert found[0].keys() >= set(ARCHITECTURE), "a new field of GPTConfig: GPT2 must say what it is there"
+    return found
 
 def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None):
     """
@@ -1892,15 +1956,19 @@ def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None)
     weights can be read as, a name that its views() has: 'ar', of a bd3lm run with clean_causal, an mdlm run with ar_weight, or of df.
     """
     check(weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw")
-    ckpt = path if isinstance(path, dict) else read_checkpoint(path)
-    unknown, objectives = sorted(ckpt['config'].keys() - {f.name for f in fields(GPTConfig)}), OBJECTIVES | objectives
-    if unknown or ckpt['objective'] not in objectives:
-        raise UserError(f"the checkpoint was written by another version: {', '.join(unknown) or ckpt['objective']} is unknown here")
-    model = objectives[ckpt['objective']](GPTConfig(**ckpt['config']))
-    model.load_state_dict(ckpt['ema'] if weights == 'ema' and ckpt['ema'] else ckpt['model'])
+    ckpt, where = (path, 'the checkpoint') if isinstance(path, dict) else (read_checkpoint(path), path)
+    name, config, objectives = entry(ckpt, 'objective', where, str), entry(ckpt, 'config', where), OBJECTIVES | objectives
+    dataset = ckpt.get('settings', {}).get('dataset')
+    check(name in objectives, f"the objective {name!r} of {where} is not known here, only {', '.join(objectives)}: one of a provider.py "
+          f"needs that file in the folder of its dataset{f', {dataset}' if dataset else ''}")
+    state = ckpt['ema'] if weights == 'ema' and ckpt.get('ema') else entry(ckpt, 'model', where)
+    fixed_by_weights(config, state, where)
+    model = objectives[name](GPTConfig(**config))
+    check_fit(model.state_dict(), state, f"the weights of {where}")
+    model.load_state_dict(state)
     model = model.eval().to(device)
     views = {None: model} | model.views()
     if view not in views:
-        raise UserError(f"this {ckpt['objective']} checkpoint cannot be read as {view}, only as "
+        raise UserError(f"this {name} checkpoint cannot be read as {view}, only as "
                          f"{', '.join(v for v in views if v) or 'itself'}")
     return views[view], ckpt

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import prepare
 from model import ARCHITECTURE, BD3LM, CHOICES, DF_ARCHITECTURE, DFGPT, GPT, MDLM, OBJECTIVES, Cache, Denoiser, GPTConfig, Task, UserError
-from model import attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, rope_table, rotate, score, token_probs
+from model import attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, read_pretrained, rope_table, rotate, score, token_probs
 from tests.test_train import TINY, here # noqa: F401, a fixture
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
@@ -381,6 +381,71 @@ def test_weights_of_nanogpt(tmp_path):
     with pytest.raises(ValueError, match='no checkpoint that can be read'):
         GPT.from_pretrained(tmp_path / 'unsafe.pt')
 
+def nanogpt(**settings):
+    """ a network of nanoGPT's kind, large random weights, and the model_args that it is saved with """
+    torch.manual_seed(0)
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11)
+    model = GPT(GPTConfig(**{**args, **NANOGPT, **settings})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model, args
+
+IDX = torch.arange(24).view(2, 12) % 11
+MASKS = {f'transformer.h.{i}.attn.{name}': value for i in range(2) for name, value in (('bias', torch.ones(1, 1, 12, 12).tril()), ('masked_bias', torch.tensor(-1e4)))}
+OLD = [ # what a version was like, what it saved besides or left out
+    (dict(bias=True), dict(bias=True, dropout=0.0), {}, []), (dict(bias=False), dict(bias=False), {}, []), # today's
+    (dict(bias=True, mlp='gelu_tanh'), dict(dropout=0.1), {}, []), # no such option yet: biases, and GPT-2's approximation of gelu
+    (dict(bias=True, mlp='gelu_tanh'), {}, MASKS, []), (dict(bias=False), dict(bias=False), MASKS, []), # causal masks among the weights
+    (dict(bias=True, mlp='gelu_tanh', tie_weights=False), dict(dropout=0.1), {}, []), # the very first: a head of its own
+    (dict(bias=True), dict(bias=True), {}, ['lm_head.weight']), # a tied head, saved once
+    (dict(bias=False), dict(bias=True), {}, []), # what the weights hold decides
+]
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
+@pytest.mark.parametrize('network, more, masks, gone', OLD)
+def test_every_version_of_nanogpt_is_read(network, more, masks, gone, prefix, tmp_path):
+    theirs, args = nanogpt(**network)
+    weights = {prefix + k: v for k, v in (theirs.state_dict() | masks).items() if k not in gone}
+    torch.save({'model': weights, 'model_args': args | more, 'iter_num': 7, 'config': {}}, tmp_path / 'ckpt.pt')
+    ours = GPT.from_pretrained(tmp_path / 'ckpt.pt').eval()
+    assert torch.allclose(ours(IDX)[0], theirs(IDX)[0], atol=1e-5)
+    assert all(getattr(ours.config, k) == getattr(theirs.config, k) for k in ARCHITECTURE) # as train.py takes them
+
+def test_tokens_of_nanogpt_are_gpt2s_where_its_table_is(tmp_path):
+    for rows, text in (50257, {'tokenizer': 'gpt2'}), (50304, {'tokenizer': 'gpt2'}), (65, {}), (100000, {}):
+        args = dict(n_layer=1, n_head=1, n_embd=1, block_size=1, vocab_size=rows, bias=False)
+        torch.save({'model': {'transformer.wte.weight': torch.zeros(rows, 1)}, 'model_args': args}, tmp_path / 'ckpt.pt')
+        known, _, found = read_pretrained(tmp_path / 'ckpt.pt')
+        assert found == text and known['vocab_size'] == rows
+
+@pytest.mark.parametrize('settings, sizes', [
+    (dict(n_layer=12, n_head=12, n_embd=768), 'gpt2'), (dict(n_layer=24, n_head=16, n_embd=1024), 'medium'),
+    (dict(n_layer=36, n_head=20, n_embd=1280), 'large'), (dict(n_layer=48, n_head=25, n_embd=1600), 'xl')], ids=str)
+def test_gpt2_of_every_size_has_a_network_here(settings, sizes):
+    with torch.device('meta'): # the published numbers of parameters, positions and biases included
+        model = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True, **{**NANOGPT, 'mlp': 'gelu_tanh'}, **settings))
+    assert model.n_params() == {'gpt2': 124439808, 'medium': 354823168, 'large': 774030080, 'xl': 1557611200}[sizes]
+
+@pytest.mark.parametrize('broken, sentence', [
+    (lambda c: c.pop('model'), "ckpt.pt has no 'model'"), (lambda c: c.update(model=[1]), "has no 'model'"), (lambda c: c.update(model_args=None), "has no 'model_args'"),
+    (lambda c: c['model_args'].pop('n_head'), "'model_args' of .*ckpt.pt has no 'n_head'"), (lambda c: c['model_args'].update(n_head='2'), "has no 'n_head'"),
+    (lambda c: c['model'].pop('transformer.wte.weight'), 'transformer.wte.weight is missing'),
+    (lambda c: c['model'].pop('transformer.h.1.mlp.c_fc.bias'), 'do not fit this model: transformer.h.1.mlp.c_fc.bias is missing'),
+    (lambda c: c['model_args'].update(n_layer=1), 'transformer.h.1.ln_1.weight is unknown here; .* and 9 more'),
+    (lambda c: c['model_args'].update(n_layer=3), 'transformer.h.2.ln_1.weight is missing'), (lambda c: c['model_args'].update(n_head=3), 'not a multiple of n_head'),
+    (lambda c: c['model_args'].update(n_embd=32), r'do not fit this model: transformer.wte.weight is \(11, 16\) there, \(11, 32\) here'),
+    (lambda c: c['model_args'].update(block_size=13), 'know 12 positions, block_size is 13'), (lambda c: c['model_args'].update(vocab_size=12), 'know 11 ids, the text has 12'),
+    (lambda c: c['model'].update({'transformer.ln_f.weight': 3}), 'transformer.ln_f.weight is int there'),
+    (lambda c: c['model'].update({'transformer.h.0.attn.rotary': torch.ones(2)}), 'transformer.h.0.attn.rotary is unknown here'),
+])
+def test_a_broken_checkpoint_of_nanogpt_is_a_sentence(broken, sentence, tmp_path):
+    theirs, args = nanogpt(bias=True)
+    ckpt = {'model': theirs.state_dict(), 'model_args': args | {'bias': True}}
+    broken(ckpt)
+    torch.save(ckpt, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match=sentence):
+        GPT.from_pretrained(tmp_path / 'ckpt.pt')
+
 def test_weights_of_gpt2(tmp_path):
     """ a folder as Hugging Face writes it: same logits """
     transformers = pytest.importorskip('transformers')
@@ -396,6 +461,30 @@ def test_weights_of_gpt2(tmp_path):
     theirs.config.save_pretrained(tmp_path / 'gpt2')
     with pytest.raises(ValueError, match='another kind: relu'):
         GPT.from_pretrained(str(tmp_path / 'gpt2'))
+
+@pytest.mark.parametrize('tied, saved', [(True, True), (True, False), (False, True)])
+def test_gpt2_with_and_without_a_head(tied, saved, tmp_path):
+    """ a tied head may be in the file or not; one of its own is read as such; without it the folder is not whole """
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=12, bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    weights = {k: v for k, v in theirs.state_dict().items() if saved or k != 'lm_head.weight'}
+    config.save_pretrained(tmp_path)
+    torch.save(weights | MASKS, tmp_path / 'pytorch_model.bin')
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    assert torch.allclose(ours(IDX)[0], theirs(IDX).logits, atol=1e-4) and ours.config.tie_weights == tied
+    for gone in ['transformer.h.0.mlp.c_fc.bias'] + ['lm_head.weight'] * (not tied):
+        torch.save({k: v for k, v in weights.items() if k != gone}, tmp_path / 'pytorch_model.bin')
+        with pytest.raises(UserError, match=f'is not a whole GPT-2: {gone} is missing'):
+            GPT.from_pretrained(str(tmp_path))
+    for other in dict(scale_attn_by_inverse_layer_idx=True), dict(activation_function='relu'), dict(n_inner=8):
+        transformers.GPT2Config(**config.to_dict() | other).save_pretrained(tmp_path)
+        torch.save(weights, tmp_path / 'pytorch_model.bin')
+        with pytest.raises(UserError, match='another kind|neither a checkpoint nor'):
+            GPT.from_pretrained(str(tmp_path))
 
 def test_checkpoints_give_the_weights_asked_for(tmp_path):
     model = gpt()
@@ -538,6 +627,11 @@ def small(objective='mdlm', **settings):
         torch.nn.init.normal_(p, std=0.5)
     return model
 
+def saved(tmp_path, model, objective='mdlm', **changes):
+    path = tmp_path / 'ckpt.pt'
+    torch.save({'format': 1, 'objective': objective, 'config': asdict(model.config), 'model': model.state_dict(), 'ema': None, 'meta': {}, 'settings': {'dataset': 'mine'}} | changes, path)
+    return path
+
 def other_values(field, value):
     """ of a field of GPTConfig """
     if field.name in CHOICES:
@@ -556,3 +650,89 @@ def test_the_place_of_a_field_says_whether_weights_fix_it(objective):
                 same = type(model)(GPTConfig(**asdict(model.config) | {field.name: value})).eval()
                 same.load_state_dict(model.state_dict())
                 assert torch.equal(same(idx)[0], model(idx)[0]), f"weights fix {field.name}, so it is a field of GPTConfig"
+
+@pytest.mark.parametrize('name', [*ARCHITECTURE, *DF_ARCHITECTURE])
+def test_weights_bring_what_they_fix(name, tmp_path):
+    """ each field alone, into a model of another objective too; a checkpoint that does not say it is another version's """
+    value = dict(n_layer=2, n_head=4, n_embd=16, bias=True, pos='learned', norm='rmsnorm', mlp='gelu_tanh', qk_norm=False, tie_weights=True, df_objective='pred_v',
+                 df_timesteps=16, df_beta_schedule='sigmoid', df_embed_norm=2.0, df_x0_wpe=True, df_level_embed='concat')[name]
+    needs = dict(df_x0_wpe=dict(pos='learned', df_objective='pred_v'), df_level_embed=dict(df_objective='pred_v')).get(name, {})
+    df = name.startswith('df_')
+    model = small('df' if df else 'mdlm', **{name: value}, **needs)
+    path = saved(tmp_path, model)
+    other = (DFGPT if df else BD3LM).from_pretrained(path, df_sampling_timesteps=2, **{} if df else dict(diffusion_block_size=2))
+    assert getattr(other.config, name) == value != getattr(GPTConfig(), name)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+    known, weights, _ = read_pretrained(path)
+    assert known[name] == value and (name in read_pretrained(saved(tmp_path, small()))[0]) != df
+    config = {k: v for k, v in asdict(model.config).items() if k != name}
+    for read in read_pretrained, load_checkpoint:
+        with pytest.raises(UserError, match=f'another version: it does not say {name}, which the weights fix'):
+            read(saved(tmp_path, model, 'df' if df else 'mdlm', config=config))
+
+def test_checkpoints_of_other_versions(tmp_path):
+    """ what the weights do not fix takes its default; a field that is not known here may mean anything """
+    model = small()
+    older = {k: v for k, v in asdict(model.config).items() if k not in ('t_dist', 'ar_weight', 'df_sampler', 'df_objective', 'attn_backend')}
+    assert load_checkpoint(saved(tmp_path, model, config=older))[0].config == model.config
+    assert MDLM.from_pretrained(saved(tmp_path, model, config=older)).config == GPTConfig(**{k: getattr(model.config, k) for k in (
+        *ARCHITECTURE, 'block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id', 'attention')})
+    later = asdict(model.config) | {'n_expert': 4, 'logit_cap': 30.0}
+    for read in read_pretrained, load_checkpoint:
+        with pytest.raises(UserError, match='ckpt.pt was written by another version: logit_cap, n_expert is unknown here'):
+            read(saved(tmp_path, model, config=later))
+
+def test_an_objective_that_is_not_known_here(tmp_path):
+    """ a sentence that names it, those that are known, and the file that it needs; with that file it is known """
+    path = saved(tmp_path, small(), 'uniform')
+    for objectives in {}, {'mine': MDLM}:
+        with pytest.raises(UserError) as e:
+            load_checkpoint(path, objectives=objectives)
+        known = ', '.join([*OBJECTIVES, *objectives])
+        assert str(e.value) == f"the objective 'uniform' of {path} is not known here, only {known}: one of a provider.py needs that file in the folder of its dataset, mine"
+    with pytest.raises(UserError, match="the objective 'uniform' of the checkpoint is not known here"):
+        load_checkpoint(torch.load(path))
+    assert type(load_checkpoint(path, objectives={'uniform': MDLM})[0]) is MDLM
+
+@pytest.mark.parametrize('objective', ['ar', 'mdlm', 'df'])
+@pytest.mark.parametrize('broken, sentence', [
+    (lambda c: c.pop('objective'), "has no 'objective'"), (lambda c: c.pop('config'), "has no 'config'"), (lambda c: c.pop('model'), "has no 'model'"),
+    (lambda c: c.pop('format'), "has no 'format'"), (lambda c: c.update(format='new'), "has no 'format'"), (lambda c: c.update(config=[1]), "has no 'config'"),
+    (lambda c: c['model'].pop('transformer.h.0.attn.c_attn.weight'), 'weights of .*ckpt.pt do not fit this model: transformer.h.0.attn.c_attn.weight is missing'),
+    (lambda c: c['model'].update({'transformer.h.0.attn.rotary': torch.ones(2)}), 'transformer.h.0.attn.rotary is unknown here'),
+    (lambda c: c['config'].update(n_embd=16), r'wte.weight is \(8, 8\) there, \(8, 16\) here; .*; and \d+ more'), (lambda c: c['config'].update(vocab_size=9), r'wte.weight is \(8, 8\) there, \(9, 8\) here'),
+    (lambda c: c['config'].update(n_layer=2), 'transformer.h.1.ln_1.weight is missing'), (lambda c: c['config'].update(bias=True), 'transformer.h.0.ln_1.bias is missing'),
+    (lambda c: c['config'].update(qk_norm=False), 'attn.qk_norm.weight is unknown here'), (lambda c: c.update(ema={'a': torch.ones(1)}), 'is missing; .*; and'),
+    (lambda c: c['model'].update({'transformer.ln_f.weight': [1.0]}), 'transformer.ln_f.weight is list there'),
+])
+def test_a_checkpoint_that_does_not_fit_is_a_sentence(objective, broken, sentence, tmp_path):
+    ckpt = torch.load(saved(tmp_path, small(objective), objective))
+    broken(ckpt)
+    torch.save(ckpt, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match=sentence):
+        load_checkpoint(tmp_path / 'ckpt.pt')
+
+@pytest.mark.parametrize('source, target, settings, sentence', [
+    ('mdlm', 'mdlm', dict(n_embd=16), r'wte.weight is \(8, 8\) there, \(8, 16\) here'), ('mdlm', 'ar', dict(n_layer=2), 'h.1.ln_1.weight is missing'),
+    ('mdlm', 'ar', dict(mlp='gelu', n_head=1), r'attn.qk_norm.weight is \(4,\) there, \(8,\) here'), ('mdlm', 'df', dict(bias=True), 'ln_1.bias is missing'),
+    ('ar', 'mdlm', dict(tie_weights=True), 'have a head of their own: set tie_weights=False'), ('ar', 'mdlm', dict(pos='learned'), 'transformer.wpe.weight is missing'),
+    ('ar', 'mdlm', dict(block_size=16), None), ('ar', 'df', {}, None), ('df', 'df', {}, None), ('ar', 'df', dict(df_objective='pred_v'), None),
+    ('df', 'mdlm', {}, 'lm_head.weight is missing; df_head.weight is unknown here'), ('mdlm', 'ar', dict(vocab_size=16, text_size=9), 'the weights know 8 ids, the text has 9'),
+])
+def test_weights_that_do_not_fit_are_named(source, target, settings, sentence):
+    """ whichever objective they come from: shapes, then what is missing, then what is unknown """
+    weights = small(source).state_dict()
+    model = small(target, **settings)
+    if sentence is None:
+        model.load_pretrained(weights)
+        assert torch.equal(model.state_dict()['transformer.ln_f.weight'], weights['transformer.ln_f.weight'])
+        return
+    with pytest.raises(UserError, match=sentence):
+        model.load_pretrained(weights)
+
+def test_a_tied_head_need_not_be_saved():
+    weights = small(tie_weights=True).state_dict()
+    weights.pop('lm_head.weight')
+    model = small(tie_weights=True)
+    model.load_pretrained(weights)
+    assert model.lm_head.weight is model.transformer.wte.weight and torch.equal(model.lm_head.weight, weights['transformer.wte.weight'])
