@@ -299,7 +299,8 @@ def check_settings():
 
 def take_architecture(architecture, text):
     """ weights bring their architecture along, into config, and must read the tokens that the dataset has """
-    brought = {k: architecture[k] for k in models.ARCHITECTURE if architecture[k] != config[k]}
+    fixed = models.ARCHITECTURE + models.DF_ARCHITECTURE
+    brought = {k: v for k, v in architecture.items() if k in fixed and v != config[k]}
     for k in brought:
         check(k not in given, f"{k} is {config[k]} {given.get(k)}, but the weights of {origin} have {k}={brought[k]}: "
                               f"leave {k} out, or start from scratch")
@@ -314,7 +315,6 @@ def build_model(kind):
     text = {k: corpus.meta[k] for k in ('vocab_size', 'text_size', 'mask_id')}
     text |= {'begin_id': corpus.meta['begin_id'] if begin else None,
              'segments': corpus.meta.get('segments', segments), 'diffusion_block_size': diffusion_block_size or None}
-    text['attention'] = attention or kind.usual_attention(text['segments'])
     known = config | text
     return kind(models.GPTConfig(**{f.name: known[f.name] for f in fields(models.GPTConfig) if f.name in known})).to(where)
 
