@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import re
 import runpy
 import shutil
 import signal
@@ -401,33 +400,3 @@ def test_a_run_is_not_overwritten_and_a_foreign_checkpoint_not_resumed(trained, 
     assert (out / 'log.csv').read_bytes() == before
     (tmp_path / 'file').write_text('')
     assert 'cannot create the run folder' in here('train.py', *TINY, f'--dataset={corpus}', f'--out_dir={tmp_path}/file/run', code=2)
-
-def test_readme_commands(tmp_path, here):
-    """ every python command line of the README and of the configs' docstrings, cut down to seconds """
-    text = open(os.path.join(ROOT, 'README.md')).read()
-    for name in sorted(os.listdir(os.path.join(ROOT, 'config'))):
-        text += open(os.path.join(ROOT, 'config', name)).read()
-    commands = set(re.findall(r'python ((?:train|sample|prepare)\.py\b[^\n#`&|]*)', text))
-    trains = sorted(re.sub(r'--gradient_acc\S+', '', c).strip() for c in commands if c.startswith('train.py') and not re.search('resume|eval_only|--help', c))
-    assert trains
-    book = tmp_path / 'book.txt'
-    book.write_text('All work and no play\nmakes a dull text. ' * 100)
-    prepare.prepare('text', str(tmp_path / 'data'), 'byte', input=str(book))
-    prepare.prepare('arithmetic', str(tmp_path / 'records'), max_records=200)
-    runs = {}
-    for i, command in enumerate(trains): # what it would call its folder, and where it is here
-        config = open(os.path.join(ROOT, re.search(r'config/\w+\.py', command)[0])).read()
-        name = (re.search(r'--out_dir=([\w-]+)', command) or re.search(r"^out_dir = '([\w-]+)", config, re.M))[1]
-        runs[name] = tmp_path / str(i)
-        data = ['--block_size=0', f'--dataset={tmp_path}/records'] if 'block_size = 0' in config else [f'--dataset={tmp_path}/data'] # the one of segments
-        here(command, *TINY, '--max_iters=2', '--scoreboard_windows=2', *data, f'--out_dir={runs[name]}')
-    here('train.py --init_from=resume --max_iters=3', f'--out_dir={runs[name]}')
-    for command in sorted(c.strip() for c in commands if c.startswith('sample.py')):
-        name = re.search(r'--out_dir=([\w-]+)', command)[1]
-        command = re.sub(r'--start=("[^"]*"|\S+)', '--start=All', command) # in both vocabularies
-        here(command, '--max_new_tokens=5', f'--out_dir={runs[name]}')
-    for tool, args in re.findall(r'^python -m tools\.(compare|quality|answers) (.*)', text, re.M):
-        args = [re.sub(r'out-[\w-]+', lambda name: str(runs[name[0]]), arg.strip('"')) for arg in re.findall(r'"[^"]*"|\S+', args)]
-        small = {'compare': [], 'quality': ['--num_samples=2', '--new_tokens=4', '--prompt=4', '--batch_size=2'], 'answers': ['--num_samples=2', '--bound_samples=1']}[tool]
-        found = here(f'tools/{tool}.py', *[re.sub(r'steps=[\d|]+', 'steps=4', arg) for arg in args if 'num_samples' not in arg], *small)
-        assert found.count('\n|') >= len(args)
