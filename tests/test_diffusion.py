@@ -377,18 +377,18 @@ def test_an_order_takes_one_token_per_block_and_pass(monkeypatch):
 @torch.no_grad()
 def test_losses_are_per_scored_token_and_levels_never_zero():
     """ with half the tokens unscored the loss is still nats per scored token; t in (0, 1], or 1/t would be infinite """
-    x = torch.randint(5, (2, 8))
+    x = torch.randint(5, (2, 8)).repeat(5, 1)
     targets = x.clone()
     targets[:, 4:] = -1
     for objective, more in [('mdlm', {}), ('bd3lm', dict(diffusion_block_size=2)), ('bd3lm', dict(diffusion_block_size=1, clean_causal=True, ar_weight=1.0))]:
         model = build(objective, **more)
         torch.nn.init.zeros_(model.lm_head.weight) # every prediction costs ln 5, whatever is hidden
-        losses = torch.stack([model(x, targets)[1] for _ in range(2000)])
-        error = losses.std().item() / math.sqrt(2000)
+        losses = torch.stack([model(x, targets)[1] for _ in range(400)])
+        error = losses.std().item() / math.sqrt(400)
         expected = math.log(5) * (1 + (more.get('ar_weight', 0) * 3 / 3)) # without a begin id ar scores 3 of the 4
         assert abs(losses.mean().item() - expected) < 4 * error + 1e-9
         nats, scored = model.nll_bound(x, targets, 4)
-        assert scored.tolist() == [4, 4] and torch.allclose(nats, torch.full_like(nats, 4 * math.log(5)))
+        assert scored.tolist() == [4] * 10 and torch.allclose(nats, torch.full_like(nats, 4 * math.log(5)))
     assert model.sample_t(3_000_000).min() > 0
 
 @torch.no_grad()
