@@ -39,6 +39,10 @@ def check_length(T, room):
     if T > room: # no check(): torch.compile would have to trace the sentence
         raise UserError(f"{T} tokens do not fit the context: block_size is {room}")
 
+def check_shape(block_ids, B, T):
+    if block_ids.dtype != torch.long or block_ids.shape not in ((T,), (1, T), (B, T)):
+        raise UserError(f"block_ids are {block_ids.dtype} of shape {tuple(block_ids.shape)}, expected torch.int64 of ({T},) or ({B}, {T})")
+
 # -----------------------------------------------------------------------------
 # who may look at whom
 
@@ -923,10 +927,39 @@ class Denoiser(GPT):
             self._masks[key] = make()
         return self._masks[key]
 
+    def check_blocks(self, block_ids, B, T, own=False):
+        """
+        a sentence for block ids (T,) or (B, T) from outside that would be computed as something else. They must not fall along a row, but
+        behind pads, which have the largest id of the row, larger than any of the config. own: they must be the config's, but for pads.
+        Where a step trains on a GPU only their shape is looked at, because values have to be waited for: train.py looks at a first batch of
+        every run, and every evaluation at its own. On a CPU a step looks at all of them, in 0.05 % of its time (200 tokens, 0.8M parameters).
+        """
+        check_shape(block_ids, B, T)
+        if torch.compiler.is_compiling() or self.training and block_ids.device.type != 'cpu':
+            return
+        last = self.id_list[T - 1]
+        if own:
+            check(((block_ids == self.ids[:T]) | (block_ids > last)).all(), "block_ids are not those of "
+                  f"segments={self.config.segments!r}, which a hierarchy's must be, but for pads, with an id of {last + 1} or more")
+        least, most = block_ids.aminmax()
+        check(0 <= least and most < self.most_blocks(T), f"block_ids are {least} to {most}, expected 0 to {self.most_blocks(T) - 1}")
+        pads = (block_ids == block_ids.amax(-1, keepdim=True)) & (block_ids > last)
+        before = block_ids.masked_fill(pads, -1).cummax(-1).values # the largest so far
+        check((pads | (block_ids >= before)).all(), "block_ids fall along a row: no block may be followed by one with a smaller id, "
+              f"except that pads, with the largest id of the row, {last + 1} or more, may stand anywhere")
+
+    def most_blocks(self, T):
+        """ of a row of T tokens with block ids from outside: one for each token, or the config's and one for pads """
+        return max(T, self.id_list[T - 1] + 2)
+
     def one_stream(self, xt, block_ids=None, only=None):
         """ xt (B, T), hidden or not, sees itself through the attention pattern -> (B, T, C), or of `only` (R,), flat indices, (R, C) """
         T, pos = xt.size(1), torch.arange(xt.size(1), device=xt.device)
         check_length(T, self.config.block_size)
+        if block_ids is not None and only is not None and self.config.attention == 'hierarchical':
+            self.check_blocks(block_ids, *xt.shape, own=True)
+        elif block_ids is not None: # any others are a mask like any other
+            check_shape(block_ids, *xt.shape)
         if block_ids is not None:
             mask = self.mask(block_ids)
         elif self.id_list[T - 1] == 0:
@@ -943,14 +976,16 @@ class Denoiser(GPT):
         T, lead = xt.size(1), self.lead
         check_length(T, self.config.block_size)
         ids = self.ids[:T] if block_ids is None else block_ids
-        # nobody looks at the clean copy of the last block, and the last token is nobody's past
+        # of the config's blocks nobody looks at the clean copy of the last one; of others any may be looked at
         hierarchy = block_ids is not None and only is not None and self.config.attention == 'hierarchical' # its blocks, but for pads
-        n = T - 1 if clean_too or block_ids is not None and not hierarchy else self.id_list.index(self.id_list[T - 1])
+        if block_ids is not None:
+            self.check_blocks(block_ids, *xt.shape, own=hierarchy)
+        n = T - 1 if clean_too else T if block_ids is not None and not hierarchy else self.id_list.index(self.id_list[T - 1])
         q = self.config.lengths[0] if hierarchy and not clean_too else 0 # nor is the noisy copy of a question ever asked for
         clean = F.pad(x0[:, :n], (lead, 0), value=self.config.begin_id or 0)
         if clean.size(1) == 0: # one block spans the sequence
             return self.one_stream(xt, block_ids, only)
-        mask = self.two_stream_mask(ids, T, n, q) if block_ids is not None else \
+        mask = self.two_stream_mask(ids, T, n, q, own=hierarchy) if block_ids is not None else \
             self.kept((T, n, xt.device), lambda: self.two_stream_mask(ids, T, n))
         # a noisy token stands where its clean copy stands
         pos = torch.cat((torch.arange(q, T, device=xt.device) + lead, torch.arange(n + lead, device=xt.device)))
@@ -958,16 +993,16 @@ class Denoiser(GPT):
         only = (only // T * (T - q) + only % T - q).clamp(min=0) if q else only # flat in what is left; of a question, anything
         return self.trunk(self.embed(x, pos), pos, mask, rows=None if clean_too else T - q, only=only)
 
-    def two_stream_mask(self, ids, T, n, q=0):
+    def two_stream_mask(self, ids, T, n, q=0, own=True):
         """
         The rule for T noisy rows, without the first q, then begin and n clean ones, in parts that compute less than half of the dense matrix: clean rows look
         at clean ones only, and a run of some 128 rows needs no later ones. FlexAttention finds what to skip by itself.
+        own: ids are the config's, but for pads, which nobody sees; others stay in one part.
         """
         lead, T = self.lead, T - q
         row = torch.arange(T + n + lead, device=ids.device)
         block = torch.cat((ids[..., q:] + lead, F.pad(ids[..., :n] + lead, (lead, 0))), dim=-1)
-        shared = ids.dim() == 1 or self.config.attention == 'hierarchical' # rows of a hierarchy differ in pads only, which nobody sees
-        listed = self.id_list if shared and not self.flex(ids.device) else None # None: in one run
+        listed = self.id_list if own and not self.flex(ids.device) else None # None: in one run
         noisy, clean = [], [(n + lead, n + lead, 'causal')] if self.config.clean_causal else []
         for s, e in whole_blocks(listed[q:q + T], 128) if listed else [(0, T)]:
             past = lead + (min(n, listed.index(listed[q + e - 1])) if listed else n)
@@ -1173,8 +1208,11 @@ class MDLM(Denoiser):
         """ (B, T) int, which tokens share a noise level; and how many groups there may be """
         if not self.blockwise:
             return torch.zeros_like(idx), 1
-        ids = self.ids[:idx.size(1)] if block_ids is None else block_ids
-        return ids.expand_as(idx), (self.id_list[idx.size(1) - 1] + 1 if block_ids is None else idx.size(1))
+        T = idx.size(1)
+        if block_ids is None:
+            return self.ids[:T].expand_as(idx), self.id_list[T - 1] + 1
+        self.check_blocks(block_ids, *idx.shape)
+        return block_ids.expand_as(idx), self.most_blocks(T)
 
     def scored(self, targets, groups):
         """ the tokens that count, and so may be hidden; the question of a hierarchy is given, never asked for """

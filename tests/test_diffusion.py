@@ -763,6 +763,80 @@ def test_every_row_may_send_its_own_block_ids():
             t = model.corrupt(x, x, ids)[2][i]
             assert all(t[ids[i] == g].unique().numel() == 1 for g in ids[i].unique()) and t.unique().numel() == ids[i].unique().numel()
 
+HIERARCHY = dict(attention='hierarchical', segments='2,2,4')
+BLOCKWISE = [('mdlm', HIERARCHY), ('bd3lm', dict(diffusion_block_size=2)), ('bd3lm', dict(diffusion_block_size=2, begin_id=6)), ('bd3lm', HIERARCHY | dict(diffusion_block_size=2))]
+RISING = [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 1, 1, 1, 2], [0, 0, 2, 2, 5, 5, 7, 7], [0] * 8, [0, 0, 7, 1, 1, 7, 2, 7], [7, 7, 0, 0, 1, 1, 2, 2], [5, 0, 0, 1, 5, 1, 1, 1]]
+
+@pytest.mark.parametrize('kind', BLOCKWISE, ids=str)
+@torch.no_grad()
+def test_block_ids_from_outside_are_the_rule_itself(kind):
+    """ whatever rises along the row, pads with the largest id anywhere, for all rows or for each its own: as one dense mask over both copies """
+    model = build(kind[0], **kind[1])
+    x, lead = torch.randint(5, (len(RISING), 8)), model.lead
+    xt, at, noisy = x.masked_fill(torch.rand(x.shape) < 0.5, 7), torch.cat((torch.arange(8) + lead, torch.arange(8 + lead))), torch.arange(16 + lead) < 8
+    both = torch.cat((xt, F.pad(x, (lead, 0), value=6)), dim=1)
+    def reference(ids):
+        block = torch.cat((ids + lead, F.pad(ids + lead, (lead, 0))), dim=-1)
+        return model.trunk(model.embed(both, at), at, dense_mask(block, noisy))[:, :8]
+    together = model.two_stream(xt, x, torch.tensor(RISING))
+    assert torch.allclose(together, reference(torch.tensor(RISING)), atol=1e-10)
+    for row in RISING:
+        for ids in torch.tensor(row), torch.tensor([row]):
+            assert torch.allclose(model.two_stream(xt, x, ids), reference(ids), atol=1e-10)
+
+@pytest.mark.parametrize('kind', BLOCKWISE, ids=str)
+@pytest.mark.parametrize('ids, sentence', [
+    ([[1, 1, 1, 1, 0, 0, 0, 0]] * 3, 'fall along a row'), ([[0, 1, 2, 3, 3, 2, 4, 4]] * 3, 'fall along a row'), ([[0, 0, 1, 1, 2, 2, 3, 3]] * 2 + [[0, 0, 2, 1, 1, 2, 3, 3]], 'fall along a row'),
+    ([0, 1, 0, 1, 2, 1, 2, 3], 'fall along a row'), ([[2, 2, 0, 0, 0, 0, 1, 1]] * 3, 'fall along a row'), ([[0, 0, 6, 6, 5, 5, 7, 7]] * 3, 'fall along a row'), ([list(range(8))[::-1]], 'fall along a row'),
+    ([[0, 0, 1, 1, 2, 2, 3, 9]] * 3, 'block_ids are 0 to 9, expected 0 to 7'), ([[-1, 0, 0, 0, 0, 1, 1, 1]] * 3, 'block_ids are -1 to 1'),
+    ([[0, 0, 1, 1, 2, 2, 3]] * 3, r'of shape \(3, 7\), expected torch.int64 of \(8,\) or \(3, 8\)'), ([[0, 0, 1, 1, 2, 2, 3, 3]] * 2, r'of shape \(2, 8\)'), ([[0]] * 3, r'of shape \(3, 1\)'), ([[[0] * 8] * 3], r'of shape \(1, 3, 8\)'),
+    (torch.zeros(3, 8), 'torch.float32 of shape'), (torch.zeros(3, 8, dtype=torch.int32), 'torch.int32 of shape'), (torch.zeros(8).bool(), 'torch.bool of shape'),
+])
+def test_block_ids_that_would_be_something_else_are_refused(kind, ids, sentence):
+    """ in training and wherever else they go in """
+    model, x = build(kind[0], **kind[1]), torch.randint(5, (3, 8))
+    ids = ids if torch.is_tensor(ids) else torch.tensor(ids)
+    for call in (lambda: model.train()(x, x, ids), lambda: model.eval().nll_bound(x, x, 2, ids), lambda: model.nll_order(x, x, 'confidence', ids),
+                 lambda: model.metrics(x, x, ids), lambda: model.denoise(x, x, ids), lambda: model.two_stream(x, x, ids)):
+        with pytest.raises(UserError, match=sentence):
+            call()
+
+@pytest.mark.parametrize('objective', ['denoise', 'mdlm'])
+def test_block_ids_of_one_stream_have_a_shape_too(objective):
+    model, x = build(objective), torch.randint(5, (3, 8))
+    for ids in torch.zeros(3, 7).long(), torch.zeros(2, 8).long(), torch.zeros(3, 8), torch.zeros(3, 8).int(), torch.zeros(3, 1).long(), torch.tensor(0):
+        for call in (lambda: model(x.roll(1, 1), x, ids), lambda: model(x, None, ids), lambda: model.metrics(x, x, ids)):
+            with pytest.raises(UserError, match='expected torch.int64 of'):
+                call()
+    for ids in torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]), torch.arange(24).view(3, 8): # a mask in one stream is right whatever they are
+        assert model(x.roll(1, 1), x, ids)[1].isfinite()
+
+@pytest.mark.parametrize('kind', [kind for kind in BLOCKWISE if kind[1].get('segments')], ids=str)
+def test_a_hierarchy_has_the_blocks_of_its_config(kind):
+    """ what is left out where only some states are wanted is known from the config; pads may stand anywhere """
+    model, x, own = build(kind[0], **kind[1]), torch.randint(5, (3, 8)), build(kind[0], **kind[1]).ids
+    other = own.clone()
+    other[1] = 1 # a shorter question
+    for ids in other, other.expand(3, -1), torch.tensor(RISING[0]).expand(3, -1), torch.arange(8):
+        for call in (lambda: model.train()(x, x, ids), lambda: model.eval().nll_bound(x, x, 2, ids)):
+            with pytest.raises(UserError, match='not those of segments=.2,2,4., which a hierarchy.s must be'):
+                call()
+    for pads in [1], [3, 6, 7], []:
+        ids = own.expand(3, -1).index_fill(1, torch.tensor(pads, dtype=torch.long), int(own[-1]) + 1)
+        targets = x.index_fill(1, torch.tensor(pads, dtype=torch.long), -1)
+        assert model(x, targets, ids)[1].isfinite() and model.nll_bound(x, targets, 2, ids)[0].isfinite().all()
+
+def test_blocks_of_one_token_leave_room_for_pads():
+    """ their ids are taken up to the last, so pads have one more; bound and loss are exact, so what pads hold is seen if it matters """
+    model, x = build('bd3lm', diffusion_block_size=1), torch.randint(5, (2, 8))
+    ids = torch.tensor([[0, 8, 2, 3, 8, 5, 8, 8], [0, 1, 2, 3, 4, 5, 6, 8]])
+    targets = x.masked_fill(ids == 8, -1)
+    for idx in x, torch.where(ids == 8, 0, x):
+        nats, scored = model.nll_bound(idx, targets, 2, ids)
+        assert scored.tolist() == [4, 7] and torch.allclose(model(idx, targets, ids)[1] * 11, nats[:, 0].sum()) and torch.equal(nats[:, 0], nats[:, 1])
+        first = nats if idx is x else first
+        assert torch.allclose(first, nats)
+
 def test_metrics_say_how_much_was_hidden():
     """ a model that sees the answer in its neighbours: the more is hidden, the fewer it gets """
     model, x = build('mdlm', block_size=64), torch.zeros(8, 64, dtype=torch.long)
