@@ -578,6 +578,11 @@ def not_inherited(cls, claim, owner, changed):
                         f"{claim} in {cls.__name__}, or write {claim} = {owner.__name__}.{claim} there if it holds all the same")
     return refuse
 
+def mean_over(name, values, among):
+    """ {name: the mean of values (B, T) where among (B, T) is True}; {} where that is nowhere, because then there is no mean """
+    chosen = values[among].float()
+    return {name: chosen.mean().item()} if len(chosen) else {}
+
 NOTHING_SAID = {'loss_name': 'ce', 'views': lambda self: {}, 'metrics': lambda self, *args, **batch: {}} # of a class by itself
 
 class GPT(nn.Module):
@@ -780,12 +785,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def metrics(self, idx, targets):
-        """ what the log shows beside the loss, over scored tokens: accuracy, and the mean entropy of predictions (nats) """
+        """ {name: number} that the log shows beside the loss, over scored tokens: accuracy, mean entropy of predictions (nats); no tokens, no names """
         inputs, targets = self.shift(idx, targets)
         probs = self.next_token_logits(inputs).softmax(-1)
         scored = targets != -1
-        return {'accuracy': (probs.argmax(-1) == targets)[scored].float().mean().item(),
-                'entropy': entropy(probs)[scored].mean().item()}
+        return mean_over('accuracy', probs.argmax(-1) == targets, scored) | mean_over('entropy', entropy(probs), scored)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=None, on_step=None):
@@ -1044,10 +1048,9 @@ class Denoiser(GPT):
 
     @torch.no_grad()
     def metrics(self, idx, targets, block_ids=None):
-        """ of the tokens that the provider asks for: accuracy """
+        """ {'accuracy': of the tokens that the provider asks for}; {} where it asks for none """
         logits, _ = self(idx, None, block_ids)
-        scored = targets != -1
-        return {'accuracy': (logits.argmax(-1) == targets)[scored].float().mean().item()}
+        return mean_over('accuracy', logits.argmax(-1) == targets, targets != -1)
 
     # ---- writing
 
@@ -1340,13 +1343,13 @@ class MDLM(Denoiser):
 
     @torch.no_grad()
     def metrics(self, idx, targets, block_ids=None):
-        """ the share of hidden tokens whose likeliest guess is right, by how much is hidden """
+        """ {name: the share of hidden tokens whose likeliest guess is right}, by how much is hidden; no name where by chance nothing was """
         groups, _ = self.groups(idx, block_ids)
         found, scored = {}, self.scored(targets, groups)
         for level in 15, 50, 85:
             masked = scored & (torch.rand(idx.shape, device=idx.device) < level / 100)
             logits = self.logits(self.denoise(idx.masked_fill(masked, self.config.mask_id), idx, block_ids))
-            found[f'accuracy_{level}_hidden'] = (logits.argmax(-1) == idx)[masked].float().mean().item()
+            found |= mean_over(f'accuracy_{level}_hidden', logits.argmax(-1) == idx, masked)
         return found
 
 class BD3LM(MDLM):
@@ -1668,14 +1671,18 @@ class DFGPT(GPT):
 
     @torch.no_grad()
     def metrics(self, idx, targets):
-        """ the share of scored tokens that are found again from one level; how far embeddings are from their mean, in units of their own size """
+        """
+        {name: the share of scored tokens that are found again from one level}, no name where none is scored; and how far embeddings are from
+        their mean, in units of their own size, 0 where they have none
+        """
         found, scored, x0, wpe = {}, targets != -1, F.embedding(idx, self.embeddings()), self.df_wpe(idx.size(1))
         for quarter in 1, 2, 3:
-            k = torch.full_like(idx, self.config.df_timesteps * quarter // 4)
+            level = self.config.df_timesteps * quarter // 4
+            k = torch.full_like(idx, level)
             _, guess, _ = self._df_model_predictions(self.q_sample(x0 + wpe, k, self.df_noise(x0.shape)), k)
-            found[f'accuracy_level_{k[0, 0]}'] = (self.logits(guess - wpe).argmax(-1) == idx)[scored].float().mean().item()
+            found |= mean_over(f'accuracy_level_{level}', self.logits(guess - wpe).argmax(-1) == idx, scored)
         text = self.embeddings()[:self.config.text_size]
-        return found | {'embedding_spread': ((text - text.mean(0)).norm() / text.norm()).item()}
+        return found | {'embedding_spread': ((text - text.mean(0)).norm() / text.norm().clamp(min=1e-20)).item()}
 
     # ---- writing
 
@@ -1841,7 +1848,7 @@ def score(model, batches, n_samples=1):
     """
     One number for every objective: nats per scored token over batches (dicts, on the model's device), exact or an upper bound, with
     two standard errors: Monte Carlo (of this text's bound) and over rows (would another text differ?). An objective without a
-    bound gives its training loss, under that name; a squared error is in no nats and has no perplexity.
+    bound gives its training loss, under that name; a squared error is in no nats and has no perplexity. A UserError where no token is scored.
     """
     nats, scored, exact = [], [], model.bound_name == 'nll'
     for batch in batches:
@@ -1852,6 +1859,7 @@ def score(model, batches, n_samples=1):
             n = (model(**batch)[1] * s)[:, None]
         nats.append(n.cpu().double()) # in this order: MPS has no float64
         scored.append(s.cpu().double())
+    check(sum(s.sum() for s in scored) > 0, "there is nothing to score: no row has a target other than -1")
     nats, scored = torch.cat(nats), torch.cat(scored) # (rows, samples), (rows,)
     tokens, rows, n = scored.sum().item(), len(nats), nats.size(1)
     value, means = nats.mean(1).sum().item() / tokens, nats.mean(1) / scored.clamp(min=1)

@@ -736,3 +736,42 @@ def test_a_tied_head_need_not_be_saved():
     model = small(tie_weights=True)
     model.load_pretrained(weights)
     assert model.lm_head.weight is model.transformer.wte.weight and torch.equal(model.lm_head.weight, weights['transformer.wte.weight'])
+
+# ---- where nothing is hidden or scored
+
+KINDS = [('ar', {}), ('ar', dict(begin_id=None)), ('denoise', {}), ('mdlm', {}), ('mdlm', dict(segments='2,2,4')), ('bd3lm', dict(diffusion_block_size=2)),
+         ('bd3lm', dict(diffusion_block_size=1)), ('df', {}), ('df', dict(attention='full')), ('df', dict(df_objective='pred_v'))]
+
+@pytest.mark.parametrize('objective, settings', KINDS, ids=str)
+def test_no_metric_is_nan(objective, settings):
+    """ of nothing, or of so little that by chance nothing is hidden, a metric has no value and is left out; else it is what it was """
+    model, x = small(objective, **settings), torch.arange(512).view(64, 8) % 5
+    with_text = set(model.metrics(x, x))
+    assert {'ar': 'entropy', 'denoise': 'accuracy', 'df': 'accuracy_level_8'}.get(objective, 'accuracy_15_hidden') in with_text
+    for rows, T in (2, 8), (1, 8), (1, 1 + (objective == 'ar' and 'begin_id' in settings)):
+        for scored in 0, 1, T:
+            idx = x[:rows, :T]
+            targets = torch.where(torch.arange(T) >= T - scored, idx, -1)
+            for seed in range(8): # of 15 % of a token mostly nothing is hidden
+                torch.manual_seed(seed)
+                found = model.metrics(idx, targets)
+                assert all(math.isfinite(v) for v in found.values()) and found.keys() <= with_text
+            assert scored or found.keys() <= {'embedding_spread'}
+
+@pytest.mark.parametrize('objective, settings', KINDS, ids=str)
+@torch.no_grad()
+def test_a_score_of_nothing_is_a_sentence(objective, settings):
+    """ no rows, or rows without a scored token; a few among them are scored as if alone """
+    model, x = small(objective, **settings), torch.arange(16).view(2, 8) % 5
+    nothing = torch.full_like(x, -1)
+    for batches in [], [dict(idx=x, targets=nothing)], [dict(idx=x, targets=nothing)] * 2:
+        with pytest.raises(UserError, match='nothing to score: no row has a target other than -1'):
+            score(model, batches, 2)
+    batch = dict(idx=(x + 1) % 5 if objective == 'denoise' else x, targets=torch.where(torch.arange(8) > 5, x, -1))
+    found = score(model, [batch, dict(idx=x, targets=nothing)], 2)
+    assert found['tokens'] == 4 and all(math.isfinite(v) for v in found.values() if isinstance(v, float))
+
+def test_embeddings_without_size_have_no_spread():
+    model = small('df', df_objective='pred_noise')
+    torch.nn.init.zeros_(model.transformer.wte.weight)
+    assert model.metrics(x := torch.zeros(1, 8, dtype=torch.long), x)['embedding_spread'] == 0
