@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
@@ -1872,18 +1873,35 @@ def score(model, batches, n_samples=1):
 
 def pick_device(device='auto', dtype='auto'):
     """ settings -> (torch.device, autocast context, name of the dtype); auto takes the best there is, float32 on a CPU """
+    low = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+    check(dtype in ('auto', *low), f"dtype is {dtype!r}, expected auto or one of {', '.join(low)}")
+    asked = device
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item() # meta has no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as e: # torch's own ways to say no
-        raise UserError(f"device {device} cannot be used here ({str(e).splitlines()[0]}): try --device=auto or --device=cpu") from None
+    except (RuntimeError, AssertionError, ImportError) as e: # torch's own ways to say no; of many lines of reasons the first
+        why = str(e).strip().partition('\n')[0][:200]
+        raise UserError(f"device {asked!r} cannot be used here ({why or type(e).__name__}): try --device=auto or --device=cpu") from None
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-    low = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-    check(dtype in low, f"dtype is {dtype!r}, expected auto or one of {', '.join(low)}")
-    return device, torch.autocast(device.type, low[dtype]) if low[dtype] else contextlib.nullcontext(), dtype
+    return device, autocast(device, low[dtype], dtype), dtype
+
+def autocast(device, low, name):
+    """ the context in which a device computes in a low precision, or as always where low is None """
+    if low is None:
+        return contextlib.nullcontext()
+    try:
+        with warnings.catch_warnings(): # torch may warn and go on in float32
+            warnings.simplefilter('ignore')
+            context = torch.autocast(device.type, low)
+            with context:
+                works = torch.is_autocast_enabled(device.type)
+    except RuntimeError: # or refuse
+        works = False
+    check(works, f"dtype {name} does not work on {device}: try --dtype=auto or --dtype=float32")
+    return context
 
 # -----------------------------------------------------------------------------
 # the only file access

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import prepare
 from model import ARCHITECTURE, BD3LM, CHOICES, DF_ARCHITECTURE, DFGPT, GPT, MDLM, OBJECTIVES, Cache, Denoiser, GPTConfig, Task, UserError
-from model import attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, read_pretrained, rope_table, rotate, score, token_probs
+from model import attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, pick_device, read_pretrained, rope_table, rotate, score, token_probs
 from tests.test_train import TINY, here # noqa: F401, a fixture
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
@@ -775,3 +775,44 @@ def test_embeddings_without_size_have_no_spread():
     model = small('df', df_objective='pred_noise')
     torch.nn.init.zeros_(model.transformer.wte.weight)
     assert model.metrics(x := torch.zeros(1, 8, dtype=torch.long), x)['embedding_spread'] == 0
+
+# ---- devices
+
+@pytest.mark.parametrize('device', ['meta', 'cuda:99', 'gpu', '', ' ', 'cpu ', 'CPU', 'cuda:-1', 'cuda:', 'cuda:x', 'cpu:-1', 'cpu:99999999999', 'vulkan', 'xla', 'hpu', 'mtia',
+                                    'ipu', 've', 'fpga', 'maia', 'lazy', 'opengl', 'mkldnn', 'privateuseone', 'auto ', 'None', '0', 'a' * 2000, 'cpu\n', 'mps:7', 'xpu:7'], ids=lambda d: repr(d)[:20])
+@pytest.mark.filterwarnings('ignore:.mkldnn. is no longer used')
+def test_a_device_that_cannot_be_used_is_a_sentence(device):
+    """ and a short one, whatever torch has to say """
+    with pytest.raises(UserError) as e:
+        pick_device(device)
+    text = str(e.value)
+    assert text.startswith(f'device {device!r} cannot be used here (') and text.endswith(': try --device=auto or --device=cpu')
+    assert '\n' not in text.removeprefix(f'device {device!r}') and 'here ()' not in text and len(text) < 300 + len(repr(device))
+
+@pytest.mark.parametrize('backend', ['cuda', 'mps', 'xpu'])
+def test_a_device_that_is_not_there(backend):
+    there = getattr(torch, backend).is_available()
+    if there:
+        assert pick_device(backend)[0].type == backend
+    else:
+        with pytest.raises(UserError, match=f"device '{backend}' cannot be used here"):
+            pick_device(backend)
+
+def test_a_precision_that_a_device_has_not_is_a_sentence(monkeypatch):
+    """ whether torch refuses it or warns and goes on without it """
+    device, context, dtype = pick_device('cpu', 'bfloat16')
+    with context:
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16 and dtype == 'bfloat16'
+    assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float
+    with pick_device('cpu')[1]:
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float and pick_device('cpu')[2] == 'float32'
+    for dtype in 'float8', '', None, 16:
+        with pytest.raises(UserError, match=f'dtype is {dtype!r}, expected auto or one of float32'):
+            pick_device('cpu', dtype)
+    plain = torch.autocast
+    def refuses(device_type, dtype):
+        raise RuntimeError(f"Current {device_type} does not support {dtype}")
+    for other in refuses, lambda device_type, dtype: plain(device_type, dtype, enabled=False):
+        monkeypatch.setattr(torch, 'autocast', other)
+        with pytest.raises(UserError, match='dtype float16 does not work on cpu: try --dtype=auto or --dtype=float32'):
+            pick_device('cpu', 'float16')
