@@ -113,6 +113,18 @@ def test_bins_are_the_encoding_and_meta_their_sums(kind, gpt2, tmp_path):
     prepare.prepare('text', str(tmp_path / 'flat'), kind, input=str(tmp_path / 'a')) # a folder is its own *.txt
     assert Corpus(str(tmp_path / 'flat')).meta['files'] == 2
 
+def test_a_vocabulary_of_any_size_fits_its_dtype(tmp_path):
+    """ 16 bits hold 65,536 ids; a corpus with more characters needs 32 """
+    letters = [chr(n) for n in range(32, 0x11000) if not 0xd800 <= n <= 0xdfff]
+    for n, dtype in (1000, 'uint16'), (65_531, 'uint16'), (65_532, 'uint32'), (len(letters), 'uint32'):
+        text = ''.join(random.Random(n).sample(letters[:n], n)) * 2
+        prepare.prepare('text', str(tmp_path / 'out'), input=str(write(tmp_path / 'a.txt', text)), val_fraction=0.5)
+        corpus = Corpus(str(tmp_path / 'out'))
+        assert corpus.meta['dtype'] == dtype and corpus.meta['vocab_size'] == n + 4 and np.iinfo(dtype).max >= n + 3
+        assert corpus.tokenizer.decode(np.concatenate(list(bins(tmp_path / 'out').values()))) == text
+        found = next(corpus.windows('val', 1, n))['idx'][0]
+        assert len(set(found.tolist())) == n and found.max() == n - 1 and found.min() == 0
+
 def test_shakespeare_is_split_as_nanogpt_does(tmp_path):
     text = write(tmp_path / 'input.txt', BOOK)
     code, out, err = run('shakespeare_char', f'--input={text}', f'--dataset={tmp_path}/out')
@@ -266,6 +278,7 @@ def test_download(server, tmp_path):
         assert os.listdir(bad) == []
     refused('shakespeare_char', f'--url={DEAD}', f'--dataset={bad}', says=['no connection', DEAD, '--input='])
     refused('wikitext2', f'--url={server.url}', '--sha256=1,2', says='three')
+    refused('wikitext2', f'--url={server.url}', '--tokenizer=byte', f'--dataset={bad}', says=['/train.txt has the checksum', '2d84b35a'])
     sums = ','.join([good[9:]] * 3)
     assert run('wikitext2', f'--url={server.url}', f'--sha256={sums}', '--tokenizer=byte', f'--dataset={out}')[0] == 0
     assert server.asked[-3:] == ['/train.txt', '/valid.txt', '/test.txt']
@@ -301,9 +314,14 @@ def test_what_reading_refuses(book):
     says('val.bin has 501 tokens, fewer than the context of 999: lower block_size', length=999)
     (book / 'val.bin').write_bytes(np.full(501, 9, dtype=np.uint16).tobytes())
     says(r'val.bin holds the id 9, but ids of text are below 9: prepare it again')
+    (book / 'val.bin').write_bytes(bytes(1004))
+    says('val.bin has 1004 bytes and meta.json says 1002')
     (book / 'val.bin').write_bytes(b'1234')
     says('val.bin has 4 bytes and meta.json says 1002')
     meta = json.loads((book / 'meta.json').read_text())
+    for known in json.dumps(meta | {'format': 0}), '\ufeff' + json.dumps(meta): # an older one, and an editor's mark
+        write(book / 'meta.json', known)
+        says('val.bin has 4 bytes')
     for broken, pattern in [(json.dumps(meta | {'format': 2}), 'format 2, newer'), ('{"format": 1}', 'KeyError'),
                             ('{', 'cannot make sense of .*meta.json'), ('[]', 'cannot make sense')]:
         (book / 'meta.json').write_text(broken)

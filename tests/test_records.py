@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -82,6 +84,12 @@ def test_too_long_is_dropped_or_cut_and_counted(tmp_path):
     assert corpus.tokenizer.decode(row['plan']) == 'p' * 23
     fitted = Records(mine(tmp_path / 'var', var_length=True))
     assert fitted.meta['segments'] == 'question:16,plan:32,execution:32' # ends included: 15, 19, 17
+    report = fitted.meta['splits']['val'] # one record, the tenth
+    assert report['segments'] == {k: {'too_long': 0, 'longest': len(TEN[9][k]) + 1, 'mean': len(TEN[9][k]) + 1.0} for k in ('question', 'plan', 'execution')}
+    sizes = [len(r['plan']) + 1 for r in records[:9]]
+    assert train['segments']['plan']['mean'] == round(sum(sizes) / 9, 1)
+    longer = TEN[:9] + [{**TEN[9], 'question': 'q' * 50}] # that of val counts too
+    assert Records(mine(tmp_path / 'longer', longer, var_length=True)).meta['segments'] == 'question:64,plan:32,execution:32'
 
 def test_four_levels_and_plain_text(tmp_path):
     folder = mine(tmp_path, [{**r, 'check': 'ok'} for r in TEN], segments='question:24,plan:24,check:8,execution:32')
@@ -129,6 +137,29 @@ def test_a_field_that_is_asked_for_is_no_suggestion(tmp_path):
     for record, suggests in (dict(question='a', plan='b'), None), (dict(question='a', plan='b', plam2='c'), 'plam2'):
         with pytest.raises(PrepareError, match="record 1 has no field 'plan2', only .*'" + (f'; did you mean {suggests}' if suggests else '$')):
             mine(tmp_path, [record] * 3, segments='question:8,plan:8,plan2:8')
+
+@pytest.mark.parametrize('share, val', [(0.1, 1), (0.5, 5), (0.01, 1), (0.99, 9), (0.3, 3)])
+def test_the_last_records_are_val(tmp_path, share, val):
+    folder = mine(tmp_path, val_fraction=share)
+    assert Records(folder).n_windows('val') == val and Records(folder).n_windows('train') == 10 - val
+    assert [r['question'] for r in contents(folder)] == [r['question'] for r in TEN]
+
+def test_shares_and_segments_that_make_no_sense(tmp_path):
+    for share in 0, 1, -0.5, float('nan'):
+        with pytest.raises(PrepareError, match='val_fraction is .*, expected a share between 0 and 1'):
+            mine(tmp_path, val_fraction=share)
+    for text in 'question:8', 'question:8,plan:8,plan:9', 'question:8,plan:1', 'question:8,plan:-8', 'question:8,plan:', 'question:8,:8', 'question:8,a b:8', '', 'question:8,,plan:8', 'question:8,plan:2.5', 'question:8,plan:²':
+        with pytest.raises(PrepareError, match='expected names and lengths of 2 or more tokens'):
+            prepare.read_segments(text)
+    assert prepare.read_segments(' question : 8, plan:2') == {'question': 8, 'plan': 2}
+
+def test_every_record_is_drawn_and_counted(tmp_path):
+    """ the first and the last too; tokens are those of the segments in use """
+    folder = mine(tmp_path, **LENGTHS)
+    corpus, rng = Records(folder), np.random.default_rng(0)
+    rows = {bytes(row) for row in corpus.batch('train', 500, 80, rng)['idx']}
+    assert rows == {bytes(row) for batch in corpus.windows('train', 4, 80) for row in batch['idx']} and len(rows) == 9
+    assert corpus.tokens('train') == 9 * 80 and Records(folder, 'plan').tokens('train') == 9 * 56 and Records(folder, 'plan').n_windows('train') == 9
 
 def test_what_no_record_can_hold(tmp_path):
     with pytest.raises(PrepareError, match="my.json, record 2 .*'plan' has half of a character, .*ud83d.*, expected text"):
@@ -200,6 +231,27 @@ def test_arithmetic_is_right_and_its_splits_are_disjoint():
     for other in 'Cid = Bob * 2\nBob = Ann + 5', 'Bob = Ann + 5', 'Bob = Ann + 4\nCid = Bob * 2', 'nonsense', '':
         assert not check.same_plan(other, 'Bob = Ann + 5\nCid = Bob * 2')
 
+def test_problems_are_as_hard_as_they_should_be():
+    """ every number of steps equally often, and no number above 99 on the way """
+    script = prepare.load(os.path.join(prepare._DATA, 'arithmetic'), 'prepare.py')
+    records = sum(script.corpus(difficulty=4, max_records=4000)['splits'].values(), [])
+    steps = [len(r['plan'].split('\n')) for r in records]
+    assert {n: abs(steps.count(n) - 1000) < 30 for n in set(steps)} == {1: True, 2: True, 3: True, 4: True} # some come twice and count once
+    numbers = [int(n) for r in records for n in re.findall(r'\d+', r['execution'])]
+    assert min(numbers) == 1 and max(numbers) == 99
+    with pytest.raises(PrepareError, match='seed is -1, expected 0 or more'): # python's generator would take it for 1
+        script.corpus(seed=-1)
+
+def test_the_split_of_a_problem_is_the_same_everywhere():
+    """ in processes that hash text differently, and next year """
+    code = ("import os, prepare; script = prepare.load(os.path.join(prepare._DATA, 'arithmetic'), 'prepare.py'); "
+            "print([[r['question'] for r in records] for records in script.corpus(max_records=200)['splits'].values()])")
+    found = [subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(prepare.__file__), env={**os.environ, 'PYTHONHASHSEED': n},
+                            capture_output=True, text=True, check=True).stdout for n in ('0', '1', '77')]
+    assert found[0] == found[1] == found[2] and len(found[0]) > 1000
+    script = prepare.load(os.path.join(prepare._DATA, 'arithmetic'), 'prepare.py')
+    assert ''.join(script.split_of(f'question {n}')[1] for n in range(40)) == 'errrrrrarrrrrrrrrrrrrrrrerrrrarrrrraraer'
+
 def test_problems_can_run_out(monkeypatch):
     script = prepare.load(os.path.join(prepare._DATA, 'arithmetic'), 'prepare.py')
     monkeypatch.setattr(script, 'NAMES', ['Ann', 'Bob', 'Cid'])
@@ -208,7 +260,7 @@ def test_problems_can_run_out(monkeypatch):
     with pytest.raises(PrepareError, match='ask for fewer'):
         script.corpus(difficulty=1, max_records=100)
 
-def test_gsm8k_plans(tmp_path):
+def test_gsm8k_plans(tmp_path, monkeypatch):
     solution = 'She sold 48/2 = <<48/2=24>>24 clips in May.\nShe paid $<<5*2=10>>10.\nSo she is done.\n#### 24'
     socratic = 'How many in May? ** ' + solution.replace('\nShe', '\nHow much? ** She').replace('\nSo', '\nIs she? ** So')
     plain = [{'question': f'Q{i}', 'answer': solution} for i in range(4)]
@@ -216,6 +268,10 @@ def test_gsm8k_plans(tmp_path):
         write(tmp_path / f'{split}.jsonl', '\n'.join(map(json.dumps, plain)))
     write(tmp_path / 'test_socratic.jsonl', '\n'.join(json.dumps({**r, 'answer': socratic}) for r in plain))
     script = prepare.load(os.path.join(prepare._DATA, 'gsm8k'), 'prepare.py')
+    monkeypatch.setattr(script, 'VAL', 1)
+    alone = script.corpus('', input=str(tmp_path))['splits']
+    assert [r['question'] for r in alone['train']] == ['Q0', 'Q1', 'Q2'] and [r['question'] for r in alone['val']] == ['Q3'] # the last
+    monkeypatch.setattr(script, 'VAL', 500)
     found = script.corpus('', input=str(tmp_path))['splits'] # one rule for both splits
     assert {k: len(v) for k, v in found.items()} == {'train': 2, 'val': 2, 'test': 4}
     for r in found['train'] + found['test']:
@@ -225,6 +281,9 @@ def test_gsm8k_plans(tmp_path):
         write(tmp_path / f'{split}.jsonl', '\ufeff' + '\r\n\r\n'.join(json.dumps({**r, 'answer': r['answer'].replace('\n', '\r\n')}) for r in plain))
     assert script.corpus('', input=str(tmp_path))['splits'] == found
     write(tmp_path / 'train_socratic.jsonl', (tmp_path / 'test_socratic.jsonl').read_text())
+    sums = [] # of the usual files, not of those from elsewhere
+    monkeypatch.setattr(script, 'download', lambda url, path, expected: sums.append(expected) or str(tmp_path / 'train_socratic.jsonl'))
+    assert script.corpus('nowhere') and script.corpus('nowhere', url='elsewhere') and sums == ['', script.SUMS['test_socratic.jsonl'], '', '']
     found = script.corpus('', input=str(tmp_path), marks=True)['splits']
     assert found['val'][0]['plan'] == 'How many in May?\nHow much?\nIs she?' and found['test'][0]['execution'] == solution
     write(tmp_path / 'test_socratic.jsonl', json.dumps(plain[0]) + '\n' + json.dumps({**plain[0], 'answer': '24'}))
