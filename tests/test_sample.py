@@ -22,7 +22,7 @@ TEXT = 'ROMEO: and my love.\n'
 SIZES = dict(block_size=32, n_layer=1, n_head=2, n_embd=16)
 IDS = 'vocab_size', 'text_size', 'begin_id', 'mask_id'
 
-def save(folder, objective='ar', meta=None, kind=None, name='best', dataset='text', begin=True, **settings):
+def save(folder, objective='ar', meta=None, kind=None, name='best', dataset='text', begin=True, ema=False, **settings):
     """ write a checkpoint of an untrained model into a run's folder, as train.py's save() does; returns the folder """
     meta = {**vocabulary('char', [TEXT]), 'splits': {}} if meta is None else meta
     torch.manual_seed(0)
@@ -33,8 +33,9 @@ def save(folder, objective='ar', meta=None, kind=None, name='best', dataset='tex
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
     folder.mkdir(exist_ok=True, parents=True)
+    averaged = {k: torch.randn_like(v) for k, v in model.state_dict().items()} if ema else None
     torch.save({'format': 1, 'objective': objective, 'config': dataclasses.asdict(model.config), 'model': model.state_dict(),
-                'ema': None, 'optimizers': [], 'scaler': {}, 'iteration': 3, 'tokens': 96, 'best': 2.5,
+                'ema': averaged, 'optimizers': [], 'scaler': {}, 'iteration': 3, 'tokens': 96, 'best': 2.5,
                 'settings': {'dataset': str(dataset)}, 'meta': meta}, folder / f'ckpt_{name}.pt')
     return folder
 
@@ -126,6 +127,84 @@ def test_half_a_character_waits(monkeypatch, capsys):
         shown.append(capsys.readouterr().out)
     printer.write(row[0].tolist())
     assert shown == ['a', '', '', '日', '', 'é', '', '\ufffd!', ''] and capsys.readouterr().out == '\ufffd'
+
+# what the settings do
+
+def samples(out):
+    """ the samples that a command wrote, and nothing else """
+    assert out.endswith('\n---------------\n')
+    return out.removesuffix('\n---------------\n').split('\n---------------\n')
+
+def test_a_seed_decides_and_samples_differ(runs, here):
+    first, again, other = (samples(here(f"--out_dir={runs['ar']}", '--num_samples=3', f'--seed={seed}')[0]) for seed in (5, 5, 6))
+    assert first == again and len(set(first) | set(other)) == 6
+
+def test_samples_are_whole_and_alone_on_stdout(runs, here):
+    """ so many of them, of so many tokens each; stderr has the rest, the calls of all samples added up """
+    for name, calls in ('ar', 12), ('mdlm', 12), ('bd3lm', 12):
+        for stream in True, False:
+            out, err = here(f'--out_dir={runs[name]}', '--num_samples=3', f'--stream={stream}', '--start=my')
+            assert [s[:2] for s in samples(out)] == ['my'] * 3 and {len(s) for s in samples(out)} == {14}
+            assert err.startswith(f'loaded {runs[name]}/ckpt_best.pt: {name}, ') and 'iteration 3 on text, raw weights, char tokens, cpu' in err
+            assert f'36 tokens at most, {calls * (3 if stream else 1)} network evaluations' in err
+
+def test_weights_and_views(here, tmp_path):
+    both, raw = save(tmp_path / 'both', ema=True), save(tmp_path / 'raw')
+    found = {(folder, weights): here(f'--out_dir={folder}', f'--weights={weights}', '--temperature=0', '--max_new_tokens=30') for folder in (both, raw) for weights in ('raw', 'ema')}
+    assert found[both, 'raw'][0] == found[raw, 'raw'][0] == found[raw, 'ema'][0] != found[both, 'ema'][0]
+    assert {key: 'averaged weights' in err for key, (_, err) in found.items()} == {(both, 'raw'): False, (both, 'ema'): True, (raw, 'raw'): False, (raw, 'ema'): False}
+    dual = save(tmp_path / 'dual', 'bd3lm', diffusion_block_size=4, clean_causal=True)
+    assert 'bd3lm as ar' in here(f'--out_dir={dual}', '--view=ar')[1]
+    assert 'ar has no use for --steps: it takes max_new_tokens, temperature' in here(f'--out_dir={dual}', '--view=ar', '--steps=3', code=2)[1]
+
+def test_a_stop_ends_the_writing_and_the_sample(runs, here):
+    """ also the calls; a stop token that the prompt has ends nothing """
+    for name in 'ar', 'bd3lm':
+        (plain,), stop = samples(here(f'--out_dir={runs[name]}', '--start=my love', '--temperature=0')[0]), None
+        stop = plain[9]
+        at = plain.index(stop, 7)
+        out, err = here(f'--out_dir={runs[name]}', '--start=my love', '--temperature=0', f'--stop={stop}')
+        assert samples(out) == [plain[:at]] and int(err.split(' network')[0].split()[-1]) < 12
+        assert samples(here(f'--out_dir={runs[name]}', '--start=my love', '--temperature=0', '--stop=m')[0])[0].startswith('my love')
+
+def test_every_setting_reaches_generate(runs, here, monkeypatch):
+    given = dict(temperature=0.5, top_k=3, top_p=0.25, sampler='fixed', steps=7, order='margin', schedule='cosine', confidence_threshold=0.1, entropy_budget=0.2,
+                 remask=0.3, df_scheduling_matrix='pyramid', df_uncertainty_scale=2.0, guidance=1.0)
+    told = []
+    def generate(self, idx, max_new_tokens, **more):
+        told.append((idx.tolist(), max_new_tokens, {k: v for k, v in more.items() if k not in ('on_step', 'block_ids')}))
+        return torch.zeros(len(idx), idx.size(1) + max_new_tokens, dtype=torch.long)
+    monkeypatch.setattr(GPT, 'generate', generate)
+    assert set(given) == set(sample.OPTIONS)
+    y = Tokenizer(vocabulary('char', [TEXT])).encode('y')[0]
+    for args, expected in ([f'--{k}={v}' for k, v in given.items()], given), ([], {'temperature': 0.8}), (['--top_k=None', '--guidance=0'], {'temperature': 0.8, 'guidance': 0.0}):
+        here(f"--out_dir={runs['ar']}", '--start=y', '--stop=y', '--num_samples=2', '--stream=False', *args)
+        assert told.pop() == ([[y]] * 2, 12, {'stop': y} | expected)
+
+def test_questions(runs, here, monkeypatch):
+    """ of a model of segments: stripped, answered under the names of the segments, each up to its end """
+    tokenizer = Tokenizer(vocabulary('char', [TEXT], closed=True))
+    found = [here(f"--out_dir={runs['records']}", f'--start={question}')[0] for question in ('my', ' my\n')]
+    assert found[0] == found[1] and found[0].startswith('plan:\n') and found[0].count('execution:\n') <= 1 and 'question' not in found[0]
+    def generate(self, idx, max_new_tokens, *, temperature, stop, on_step):
+        assert (idx[0].tolist(), max_new_tokens, stop) == ([*tokenizer.encode('my'), tokenizer.end_id], 24, tokenizer.end_id)
+        return torch.cat((idx, torch.tensor([[*tokenizer.encode('do'), stop, *tokenizer.encode('ne.'), stop, *[stop] * 17]])), 1)
+    monkeypatch.setattr(GPT, 'generate', generate)
+    assert samples(here(f"--out_dir={runs['records']}", '--start=my')[0]) == ['plan:\ndo\n\nexecution:\nne.']
+    assert 'the question has 8 tokens, this model reads at most 7' in here(f"--out_dir={runs['records']}", '--start=my my my', code=2)[1]
+
+def test_progress_counts_all_samples(runs, here, monkeypatch):
+    clock = iter(range(0, 10 ** 6, 20)) # 20 s between any two looks at it
+    monkeypatch.setattr('time.time', lambda: next(clock))
+    _, err = here(f"--out_dir={runs['ar']}", '--num_samples=3', '--start=my')
+    counts = [int(line.split()[0]) for line in err.splitlines() if ' of 36 tokens' in line]
+    assert counts == list(range(1, 37))
+
+def test_an_interrupt_is_no_traceback(runs, here, monkeypatch):
+    def generate(self, idx, max_new_tokens, **more):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(GPT, 'generate', generate)
+    assert here(f"--out_dir={runs['ar']}", code=130)[1].endswith('cpu\n\n')
 
 # who reads it
 
