@@ -270,8 +270,10 @@ class Tokenizer:
 def read_segments(text):
     """ 'question:128,plan:128,execution:256' -> {'question': 128, ...} """
     pairs = [(name.strip(), n.strip()) for name, _, n in (part.partition(':') for part in text.split(','))]
-    if len(pairs) < 2 or len(dict(pairs)) < len(pairs) or not all(name.isidentifier() and n.isdecimal() and int(n) > 1 for name, n in pairs):
-        raise PrepareError(f"segments is {text!r}, expected names and lengths of 2 or more tokens, the question first: question:128,plan:128,execution:256")
+    fits = [name.isidentifier() and n.isdecimal() and len(n) < 7 and int(n) > 1 for name, n in pairs]
+    if len(pairs) < 2 or len(dict(pairs)) < len(pairs) or not all(fits):
+        raise PrepareError(f"segments is {text!r}, expected names and lengths of 2 or more tokens, below a million, "
+                           "the question first: question:128,plan:128,execution:256")
     return {name: int(n) for name, n in pairs}
 
 def without(lengths, skip):
@@ -687,6 +689,8 @@ def main(argv):
         prepare(name, **{key: value for key, value in given.items() if key not in _OWN or value != ''})
     except PrepareError as e:
         fail(str(e))
+    except MemoryError:
+        fail("out of memory: prepare a part of it, such as fewer files or records")
 
 if __name__ == '__main__':
     sys.modules['prepare'] = sys.modules['__main__'] # data scripts import prepare: this one, not a second copy

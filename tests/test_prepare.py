@@ -475,6 +475,10 @@ def test_suggestions_are_among_what_is_expected(own):
     with pytest.raises(PrepareError, match='expected some of plan, execution; did you mean execution?'):
         prepare.without({'question': 8, 'plan': 8, 'execution': 8}, 'exectuion')
 
+def test_memory_that_does_not_suffice_is_a_sentence(own):
+    code, _, err, meta = own('n=[][:1]', lines='def full(*a): raise MemoryError\nprint = full')
+    assert (code, meta) == (2, None) and err == 'error: out of memory: prepare a part of it, such as fewer files or records\n'
+
 # ~, which no shell replaces behind an =
 
 def test_a_tilde_is_the_home_folder(own, tmp_path, monkeypatch):

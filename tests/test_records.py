@@ -148,7 +148,7 @@ def test_shares_and_segments_that_make_no_sense(tmp_path):
     for share in 0, 1, -0.5, float('nan'):
         with pytest.raises(PrepareError, match='val_fraction is .*, expected a share between 0 and 1'):
             mine(tmp_path, val_fraction=share)
-    for text in 'question:8', 'question:8,plan:8,plan:9', 'question:8,plan:1', 'question:8,plan:-8', 'question:8,plan:', 'question:8,:8', 'question:8,a b:8', '', 'question:8,,plan:8', 'question:8,plan:2.5', 'question:8,plan:²':
+    for text in 'question:8', 'question:8,plan:8,plan:9', 'question:8,plan:1', 'question:8,plan:-8', 'question:8,plan:', 'question:8,:8', 'question:8,a b:8', '', 'question:8,,plan:8', 'question:8,plan:2.5', 'question:8,plan:²', 'question:8,plan:1000000', 'question:8,plan:' + '9' * 5000:
         with pytest.raises(PrepareError, match='expected names and lengths of 2 or more tokens'):
             prepare.read_segments(text)
     assert prepare.read_segments(' question : 8, plan:2') == {'question': 8, 'plan': 2}
@@ -239,6 +239,9 @@ def test_problems_are_as_hard_as_they_should_be():
     assert {n: abs(steps.count(n) - 1000) < 30 for n in set(steps)} == {1: True, 2: True, 3: True, 4: True} # some come twice and count once
     numbers = [int(n) for r in records for n in re.findall(r'\d+', r['execution'])]
     assert min(numbers) == 1 and max(numbers) == 99
+    for n in 99, 10 ** 13:
+        with pytest.raises(PrepareError, match=f'max_records is {n}, expected 100 to 10,000,000 problems'):
+            script.corpus(max_records=n)
     with pytest.raises(PrepareError, match='seed is -1, expected 0 or more'): # python's generator would take it for 1
         script.corpus(seed=-1)
 
@@ -257,8 +260,9 @@ def test_problems_can_run_out(monkeypatch):
     monkeypatch.setattr(script, 'NAMES', ['Ann', 'Bob', 'Cid'])
     monkeypatch.setattr(script, 'THINGS', ['figs'])
     monkeypatch.setattr(script, 'problem', lambda rng, steps, problem=script.problem: problem(random.Random(rng.randint(0, 50)), steps))
-    with pytest.raises(PrepareError, match='ask for fewer'):
-        script.corpus(difficulty=1, max_records=100)
+    for n in 100, 10_000_000: # said as soon as it is clear
+        with pytest.raises(PrepareError, match=f'there are not so many as {n} problems .*ask for fewer'):
+            script.corpus(difficulty=1, max_records=n)
 
 def test_gsm8k_plans(tmp_path, monkeypatch):
     solution = 'She sold 48/2 = <<48/2=24>>24 clips in May.\nShe paid $<<5*2=10>>10.\nSo she is done.\n#### 24'

@@ -59,8 +59,8 @@ def corpus(difficulty=2, max_records=50_000, seed=0):
         raise PrepareError(f"difficulty is {difficulty}, expected 1 to {len(NAMES) - 2} steps")
     if seed < 0: # python's generator takes -1 for 1
         raise PrepareError(f"seed is {seed}, expected 0 or more")
-    if max_records < 100:
-        raise PrepareError(f"max_records is {max_records}, expected at least 100: val and test are a tenth each")
+    if not 100 <= max_records <= 10_000_000: # val and test are a tenth each
+        raise PrepareError(f"max_records is {max_records}, expected 100 to 10,000,000 problems")
     rng, seen, splits = random.Random(seed), set(), {'train': [], 'val': [], 'test': []}
     tried = 0
     while len(seen) < max_records:
@@ -69,6 +69,6 @@ def corpus(difficulty=2, max_records=50_000, seed=0):
         if record['question'] not in seen:
             seen.add(record['question'])
             splits[split_of(record['question'])].append(record)
-        elif tried > 100 * max_records:
+        elif tried > 100 * max(100, len(seen)): # nearly all that there are have been found
             raise PrepareError(f"there are not so many as {max_records} problems of difficulty {difficulty}: ask for fewer, or raise it")
     return {'splits': splits, 'closed': True, 'source': f'generated, difficulty {difficulty}, seed {seed}'}
