@@ -15,6 +15,7 @@ import copy
 import functools
 import itertools
 import math
+import numbers
 import os
 import warnings
 from collections import Counter
@@ -351,21 +352,59 @@ class Block(nn.Module):
 # -----------------------------------------------------------------------------
 # sampling, shared by every objective
 
+def not_negative(x):
+    return 0 <= x <= 1e9 or x == math.inf # no nan, and no int that is too large for a float
+
+# what generate takes under each name, in every class: the kind of value, what is expected of it, does a value fit
+WHOLE, NUMBER, NAME = 'a whole number', 'a number', 'a name'
+OPTIONS = {
+    'max_new_tokens': (WHOLE, '0 or more', lambda n: n >= 0),
+    'steps': (WHOLE, 'at most 1,000,000', lambda n: n <= 10 ** 6), # at least: see plan, and df_sampling_timesteps
+    'sampler': (NAME, None, None), # see check_sampler, and df_sampler
+    'order': (NAME, None, None),
+    'schedule': (NAME, None, None),
+    'confidence_threshold': (NUMBER, '0 or more, 1e9 at most or inf', not_negative),
+    'entropy_budget': (NUMBER, '0 or more, 1e9 at most or inf', not_negative),
+    'temperature': (NUMBER, '0 (greedy) to 1e6', lambda t: 0 <= t <= 1e6),
+    'top_k': (WHOLE, 'at least 1', lambda k: k >= 1),
+    'top_p': (NUMBER, 'a probability in (0, 1]', lambda p: 0 < p <= 1),
+    'remask': (NUMBER, 'a share in [0, 1)', lambda r: 0 <= r < 1),
+    'guidance': (NUMBER, '0 (off) or more, up to 1000', lambda w: 0 <= w <= 1000),
+    'stop': (WHOLE, 'the id of a token', lambda token: 0 <= token < 2 ** 31),
+    'df_scheduling_matrix': (NAME, None, None), # these two: see DFGPT.check
+    'df_uncertainty_scale': (NUMBER, None, None),
+}
+KINDS = {WHOLE: numbers.Integral, NUMBER: (float, numbers.Integral), NAME: str} # bool is none of them
+NEEDED = ('max_new_tokens', 'schedule', 'temperature', 'remask', 'guidance') # the others may be None: not given
+
+def check_options(given):
+    """ a sentence for an option of `given`, {name: value}, whose value is of another kind or does not fit """
+    for name, value in given.items():
+        if name not in OPTIONS or value is None and name not in NEEDED:
+            continue
+        kind, expected, fits = OPTIONS[name]
+        right = isinstance(value, KINDS[kind]) and not isinstance(value, bool)
+        check(right, f"{name} is {value!r}, expected {kind}, not a {type(value).__name__!r}")
+        check(fits is None or fits(value), f"{name} is {value}, expected {expected}")
+
 def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """ (..., V) logits -> float32 probabilities; temperature 0 is the argmax; top_p keeps the token that crosses p """
-    check(temperature >= 0, f"temperature is {temperature}, expected 0 (greedy) or more")
-    check(top_k is None or top_k >= 1, f"top_k is {top_k}, expected at least 1")
-    check(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, expected a probability in (0, 1]")
+    """
+    (..., V) logits -> float32 probabilities. Temperature 0 is the argmax, the first where several are largest; below
+    1e-6 it is taken for 0, as logits that differ by so little differ by rounding. top_p keeps the token that crosses p.
+    """
+    check_options({'temperature': temperature, 'top_k': top_k, 'top_p': top_p})
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-6:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    logits = logits / temperature
+    if temperature != 1:
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature # first the difference, which cannot overflow
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         sorted_probs, order = probs.sort(-1, descending=True)
-        beyond = sorted_probs.cumsum(-1) - sorted_probs >= top_p # the mass before this token already reached p
+        before = sorted_probs.cumsum(-1) - sorted_probs
+        beyond = (before > 0) & (before >= top_p) # the mass before this token already reached p; the first token stays
         probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
@@ -418,17 +457,31 @@ def reverse_steps(steps, schedule):
     at = SCHEDULES[schedule]
     return [(at(i / steps), at((i + 1) / steps)) for i in range(steps)]
 
+def row_steps(counts, schedule):
+    """
+    The same for rows that take counts (B,) steps each: yields t and s, both (B,), as often as the slowest row needs.
+    A row without steps left has t = 1 and s = 0: nothing is hidden any more.
+    """
+    counts, row = counts.unique(return_inverse=True)
+    longest = int(counts[-1])
+    table = [reverse_steps(n, schedule) + [(1.0, 0.0)] * (longest - n) for n in counts.tolist()]
+    table = torch.tensor(table, dtype=torch.float64) # (numbers of steps, longest, 2)
+    for i in range(longest):
+        yield table[row, i].unbind(1)
+
 def first_hitting(hidden, total, t, s):
     """ one: in random order masked diffusion in infinitely many steps, without those that reveal nothing (https://arxiv.org/abs/2409.02908) """
     return hidden.any(1).long()
 
 def ancestral(hidden, total, t, s):
     """ the reverse process: what is hidden at t is revealed by s < t with probability (t - s) / t, which is 1 at the last step """
-    return (hidden & (torch.rand(hidden.shape, device=hidden.device) < 1 - s / t)).sum(1)
+    rate = torch.as_tensor(1 - s / t, dtype=torch.float32, device=hidden.device).view(-1, 1)
+    return (hidden & (torch.rand(hidden.shape, device=hidden.device) < rate)).sum(1)
 
 def fixed(hidden, total, t, s):
     """ all but a share s of the block: linear, every step the same number, or one more (https://arxiv.org/abs/2502.09992) """
-    return hidden.sum(1) - total + (total * (1 - s) + 1e-4).long() # 1e-4: 5 * (1 - 0.8) is 0.99...
+    written = torch.as_tensor(1 - s, dtype=torch.float32, device=hidden.device)
+    return hidden.sum(1) - total + (total * written + 1e-4).long() # 1e-4: 5 * (1 - 0.8) is 0.99...
 
 def threshold(hidden, rank, probs, bound):
     """ all that the model is sure of, or else the first (https://arxiv.org/abs/2505.22618) """
@@ -441,12 +494,15 @@ def entropy_bound(hidden, rank, probs, bound):
     n = (h.cumsum(1) - h.cummax(1).values <= bound).sum(1, keepdim=True) # grows along the run; the first is free
     return hidden & (rank < n)
 
-# how many hidden tokens of each row, the first in `order`, a call reveals: hidden (B, n), total (B,) hidden when the block was begun,
-# the step's t and s -> (B,). Known before the call, which may then be left out
+# how many hidden tokens of each row, the first in `order`, a call reveals, (B,). Known before the call, which may then
+# be left out. From hidden (B, n), total (B,), how many were hidden when the block was begun, and t and s of the step,
+# both floats or both (B,)
 QUOTAS = {'first_hitting': first_hitting, 'ancestral': ancestral, 'fixed': fixed}
 # which of them it reveals, where only the distributions tell: hidden, rank in `order` (B, n), probs (hidden, V), a bound -> (B, n) bool
 ACCEPTS = {'threshold': threshold, 'entropy_bound': entropy_bound}
 BOUNDS = {'threshold': 0.9, 'entropy_bound': 0.1} # where confidence_threshold (a probability), entropy_budget (nats) are not given
+# first_hitting is exact in random order; in any other, at temperature 1, nll_order has its exact likelihood.
+# ancestral is random by nature
 SAMPLERS = { # and the options that each of them reads
     'first_hitting': ('order',),
     'ancestral': ('steps', 'schedule', 'remask'),
@@ -461,6 +517,13 @@ def choose(sampler, order, bound, hidden, k, logits):
     key = torch.rand(hidden.shape, device=hidden.device) if order == 'random' else spread(ORDERS[order](probs), hidden)
     return leading(key, hidden, k) if sampler in QUOTAS else ACCEPTS[sampler](hidden, ranks(key, hidden), probs, bound)
 
+def lengthened(idx, n):
+    """ idx (B, T) and n columns to write -> (B, T + n), -1 there """
+    B, T = idx.shape
+    check(max(1, B) * (T + n) <= 10 ** 8,
+          f"{B} rows of {T} tokens and {n} new ones are more than the 100,000,000 tokens of one call: ask for fewer")
+    return F.pad(idx, (0, n), value=-1)
+
 def settled(out):
     """ leading columns of out (B, N) that are written in every row, -1 being to be written """
     return int((out != -1).all(0).long().cumprod(0).sum())
@@ -473,7 +536,9 @@ def end_rows(out, unknown, stop):
 
 def check_sampler(sampler, **options):
     """ a sentence for a name that does not exist and for an option that this sampler would not read """
-    for name, value, known in ('sampler', sampler, SAMPLERS), ('order', options['order'] or 'random', ('random', *ORDERS)), ('schedule', options['schedule'], SCHEDULES):
+    orders, order = ('random', *ORDERS), 'random' if options['order'] is None else options['order']
+    names = ('sampler', sampler, SAMPLERS), ('order', order, orders), ('schedule', options['schedule'], SCHEDULES)
+    for name, value, known in names:
         check(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
     neutral = {'order': 'random', 'schedule': 'linear', 'remask': 0}
     for name, value in options.items():
@@ -799,19 +864,23 @@ class GPT(nn.Module):
         row's prompt means "yours to fill". stop: a token id; a row that emitted it, once per segment to write, is filled up with it.
         on_step(step, idx, probs, state): called after every token with what is written so far, the distributions it came
         from (B, V) and {'nfe': network evaluations, 'done': positions settled, 'total': positions in all}.
-        The KV cache is exact. When the context is full, the newer half of it is read again from position 0 and writing goes on.
+        The KV cache is exact. When the context is full, the newer half of it is read again from position 0 and writing
+        goes on. A row is written as if alone if all prompts fit the context; else the shortest prompt decides where the
+        first window ends.
         """
-        B, given = idx.size(0), (idx != -1).sum(1) # (B,), prompt lengths
+        check_options(locals())
+        out, B, T, given = lengthened(idx, max_new_tokens), *idx.shape, (idx != -1).sum(1) # (B,), prompt lengths
+        if not (out == -1).any():
+            return out
         begin = idx.new_full((B, self.config.begin_id is not None), self.config.begin_id or 0) # (B, 1) or (B, 0)
-        first, T, room = int(given.min()) if B else 0, idx.size(1), self.config.block_size - begin.size(1)
+        first, room = int(given.min()), self.config.block_size - begin.size(1)
         check(first + begin.size(1) > 0, "without a begin id a prompt needs at least one token")
         check(((idx != -1).cumprod(1).sum(1) == given).all(), "a prompt has a gap (-1 before a given token): ar only writes on")
-        out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
         cache, stops, enough = None, torch.zeros_like(given), max(1, len(self.config.lengths) - 1) # stops that end a row
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
             for n in range(first, out.size(1)): # the shortest prompt decides where writing starts
                 if cache is None or cache.length == cache.size:
-                    kept = room if cache is None else max(1, room // 2)
+                    kept = room if cache is None else min(room, max(1, room // 2))
                     window = torch.cat((begin, out[:, max(0, n - kept):n]), dim=1)
                     cache = Cache(self, B, min(self.config.block_size, window.size(1) + out.size(1) - n))
                 else:
@@ -1055,118 +1124,194 @@ class Denoiser(GPT):
 
     # ---- writing
 
-    def plan(self, unknown, steps, sampler):
+    def windows(self, unknown):
         """
-        Which windows of the text to fill in which order, and in each which blocks with how many steps:
-        [(start, end, [(block start, block end, steps), ...]), ...], blocks counted from the window's start.
-        A text that outgrows the context goes on in a new window that begins with the newer half of the last one.
+        Which windows of the text to fill in which order, and which blocks in each, counted from the window's start:
+        [(start, end, [(block start, block end), ...]), ...]. unknown: a list of bools, what to fill.
+        A text that outgrows the context goes on in a new window, which begins with the newer half of the last one.
         """
-        room = self.config.block_size
-        n = self.id_list.index(1) if self.blockwise and 1 in self.id_list else 1 # the first block's length
-        kept = room // 2 // n * n or (room + 1) // 2 # a whole number of blocks, where the half has several
-        windows, end, unknown = [], 0, unknown.tolist()
-        while any(unknown[end:]):
-            first = end + unknown[end:].index(True)
-            start = 0 if first < room else first - kept
-            end = min(start + room, len(unknown))
+        room, N = self.config.block_size, len(unknown)
+        check(self.config.attention != 'hierarchical' or N <= room,
+              f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {N}")
+        n = self.id_list.index(1) if 1 in self.id_list else 1 # the first block's length
+        kept = min(max(1, room // 2 // n) * n, room - 1) # whole blocks, so that new text begins with a block
+        windows, end = [], 0
+        while (first := next((i for i in range(end, N) if unknown[i]), None)) is not None:
+            start, filled = 0 if first < room else first - kept, end
+            end = min(start + room, N)
             T = end - start
             ids = self.id_list[:T] if self.blockwise else [0] * T
-            edges = [i for i in range(T + 1) if i == 0 or i == T or ids[i] != ids[i - 1]]
-            counted = [(s, e, sum(unknown[max(first, start + s):start + e])) for s, e in zip(edges, edges[1:])]
-            windows.append((start, end, [block for block in counted if block[2]]))
-        check(self.config.attention != 'hierarchical' or len(unknown) <= room,
-              f"a hierarchy has {room} tokens, no room for prompt and new tokens together: {len(unknown)}")
-        if steps is None: # a step per token, where a sampler has steps
-            return [(s, e, [(*block, hidden if 'steps' in SAMPLERS[sampler] else None) for *block, hidden in blocks]) for s, e, blocks in windows]
-        blocks = sum(len(blocks) for *_, blocks in windows)
-        check(steps >= blocks, f"{steps} steps are fewer than the {blocks} blocks to fill: each needs at least one")
-        share = iter([steps * (i + 1) // blocks - steps * i // blocks for i in range(blocks)])
-        return [(s, e, [(*block, next(share)) for *block, _ in blocks]) for s, e, blocks in windows]
+            edges = [i for i in range(T + 1) if i in (0, T) or ids[i] != ids[i - 1]]
+            blocks = [(s, e) for s, e in zip(edges, edges[1:]) if any(unknown[max(filled, start + s):start + e])]
+            windows.append((start, end, blocks))
+        return windows
+
+    def plan(self, unknown, steps, sampler):
+        """
+        The windows for unknown (N,) or (B, N), and how many steps each block takes:
+        [(start, end, [(block start, block end, steps), ...]), ...]. The steps of a row are split evenly over the blocks
+        that this row has to fill: () or (B,), 0 for a row that waits. None for a sampler that has no steps.
+        """
+        unknown = unknown.cpu()
+        windows = self.windows((unknown if unknown.dim() == 1 else unknown.any(0)).tolist())
+        counts, filled = [], 0
+        for start, end, blocks in windows:
+            counts += [unknown[..., max(filled, start + s):start + e].sum(-1) for s, e in blocks] # a step per token
+            filled = end
+        if 'steps' not in SAMPLERS[sampler]:
+            counts = [None] * len(counts)
+        elif steps is not None and counts:
+            own = torch.stack(counts) > 0 # (blocks,) or (blocks, B)
+            i, blocks = own.cumsum(0), own.sum(0).clamp(min=1)
+            most = int(blocks.max())
+            check(steps >= most, f"{steps} steps are fewer than the {most} blocks to fill: each needs at least one")
+            counts = (own * (steps * i // blocks - steps * (i - 1) // blocks)).unbind()
+        share = iter(counts)
+        return [(start, end, [(s, e, next(share)) for s, e in blocks]) for start, end, blocks in windows]
+
+    def pads(self, out, block_ids, stop):
+        """
+        Which tokens of out (B, N) nobody may look at, (B, N) bool: those whose block_ids (B, N) are larger than any of
+        the config's. After a stop, end() adds more. None: there will be none.
+        """
+        N, room = out.size(1), self.config.block_size
+        if block_ids is None:
+            return torch.zeros_like(out, dtype=torch.bool) if self.config.lengths and stop is not None else None
+        check(block_ids.shape == out.shape and N <= room,
+              f"block_ids have the shape {tuple(block_ids.shape)}, expected {tuple(out.shape)}, prompt and new tokens, "
+              f"and at most {room} columns, as a text that outgrows the context has none")
+        pads = block_ids > self.id_list[-1]
+        check((pads | (block_ids == self.ids[:N])).all(),
+              "block_ids are not the config's: only those of pads may differ, and must be larger")
+        return pads
+
+    def shown(self, out, unknown, guidance):
+        """
+        What the network reads where out (B, n) stands: begin id first, [MASK] for -1 -> (B, lead + n). With guidance
+        (2B, lead + n): in the second half, what is given is hidden as well.
+        """
+        lead, mask_id = self.lead, self.config.mask_id
+        text = F.pad(out.masked_fill(out == -1, mask_id), (lead, 0), value=self.config.begin_id or 0)
+        return torch.cat((text, text.masked_fill(F.pad(~unknown, (lead, 0)), mask_id))) if guidance else text
+
+    def seen(self, n, pads, halves):
+        """ block ids of begin id and n columns, (lead + n,); where there may be pads (B, n), (halves * B, lead + n) """
+        ids = F.pad(self.ids[:n] + self.lead, (self.lead, 0))
+        if pads is None:
+            return ids
+        pads = F.pad(pads, (self.lead, 0)).repeat(halves, 1)
+        return ids.expand_as(pads).masked_fill(pads, self.id_list[-1] + self.lead + 1) # the largest, so nobody's past
+
+    def end(self, out, unknown, pads, stop, e):
+        """ after a block that ends at column e: fill up with stops, in place, what has stopped -> is all written? """
+        lengths = self.config.lengths
+        edges = [0, *itertools.accumulate(lengths[:-1]), max(sum(lengths), out.size(1))] # the last segment goes on
+        for a, z in zip(edges, edges[1:]):
+            beyond = end_rows(out[:, a:z], unknown[:, a:z], stop) & unknown[:, a:z]
+            if pads is not None: # what is left of the block stays visible, as in training
+                pads[:, max(a, e):z] |= beyond[:, max(0, e - a):]
+        return (out != -1).all()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', order=None, schedule='linear', confidence_threshold=None,
-                 entropy_budget=None, temperature=1.0, top_k=None, top_p=None, remask=0.0, guidance=0.0, stop=None, on_step=None, block_ids=None):
+    def generate(self, idx, max_new_tokens, *, steps=None, sampler='first_hitting', order=None, schedule='linear',
+                 confidence_threshold=None, entropy_budget=None, temperature=1.0, top_k=None, top_p=None, remask=0.0,
+                 guidance=0.0, stop=None, on_step=None, block_ids=None):
         """
-        Fill in every -1 of idx (B, T), anywhere, and max_new_tokens behind it: (B, T + max_new_tokens); what is given stays.
-        Block by block, each given the finished ones before it, whose keys and values are cached, exactly. How many tokens a network call
-        reveals in each row is up to the sampler, which of them to `order`, random | confidence | entropy | margin | left_to_right (see ORDERS);
-        None is what measured best: random in fixed, as the surest of one moment are neighbours that clash, else the class's favourite_order.
-          first_hitting: one. In random order it is exact; in any other, at temperature 1, nll_order has its exact likelihood
-          ancestral: the reverse process in `steps` steps in all, split evenly over the blocks (None: one per token); random by nature
-          fixed: the same number in each of `steps` steps
-          threshold: those of which the largest probability exceeds confidence_threshold (None: 0.9), at least one
-          entropy_bound: the first so many whose entropies (nats) less the largest add up to no more than entropy_budget (None: 0.1), at least one
-        schedule: linear | cosine, few tokens at first and many at the end, as there is more to go by. remask: after each of a block's steps but the
-        last, that share of what it has written, rounded down, is hidden again, those first that were drawn with the least probability
-        (https://arxiv.org/abs/2503.00307); the last step reveals all. Finished blocks stay. guidance: w of logits = u + (1 + w)(c - u), where u are
-        those without what idx gives (https://arxiv.org/abs/2207.12598); such a call counts 2, as each row is read twice.
-        stop: a token id; a row that wrote it is filled up with it; of a hierarchy, that segment of the row, of which later ones see the block where it
-        stopped and no more. block_ids (B, all columns): of a hierarchy, with the largest id for pads behind the question. on_step(step, idx, probs, state): after every call, with what stands
-        (-1 elsewhere), the distributions (R, V) of the tokens just revealed and {'nfe': network evaluations, 'done': leading columns
-        settled in every row, for good but for what follows a stop, 'total': columns}. When the text outgrows the context, see plan.
+        Fill in every -1 of idx (B, T), anywhere, and max_new_tokens more: (B, T + max_new_tokens). Given tokens stay.
+        Block by block, each given the finished blocks before it, whose keys and values are cached, exactly.
+        sampler: how many tokens of each row a network call reveals, and by which of these options, see SAMPLERS.
+        order: which tokens come first, random | confidence | entropy | margin | left_to_right, see ORDERS. None is what
+          measured best: random for fixed, as the surest tokens of one moment are neighbours that clash, else the
+          class's favourite_order.
+        steps: all reverse steps of a row, split evenly over the blocks that it has to fill. None: one per token. A row
+          waits while others fill a block, so calls are counted by the slowest row of every block.
+        schedule: linear | cosine, few tokens at first and many at the end, when there is more to go by.
+        remask: after each step of a block but the last, this share of what the block has written, rounded down, is
+          hidden again: the tokens drawn with the least probability (https://arxiv.org/abs/2503.00307).
+        guidance: w of logits = u + (1 + w)(c - u), where u are those without what idx gives
+          (https://arxiv.org/abs/2207.12598). Such a call counts 2, as each row is read twice.
+        stop: a token id. A row that wrote it is filled up with it; with segments, only that segment of the row is, and
+          later ones see the block where it stopped and nothing after. The last segment ends with the text.
+        block_ids (B, all columns): the config's, but for pads, whose id is larger.
+        on_step(step, idx, probs, state): called after every network call with what stands (-1 elsewhere), the
+          distributions (R, V) of the tokens just revealed and {'nfe': network evaluations, 'done': leading columns
+          settled in every row, for good but for what follows a stop, 'total': columns}.
+        A row is written as if alone. Only where the text outgrows the context, rows share their windows, see there.
         """
-        check_sampler(sampler, steps=steps, order=order, schedule=schedule, remask=remask, confidence_threshold=confidence_threshold, entropy_budget=entropy_budget)
-        check(0 <= remask < 1, f"remask is {remask}, expected a share in [0, 1)")
-        check(guidance >= 0, f"guidance is {guidance}, expected 0 (off) or more")
-        order = order or ('random' if sampler in ('fixed', 'ancestral') else self.favourite_order)
+        check_options(locals())
+        check_sampler(sampler, steps=steps, order=order, schedule=schedule, remask=remask,
+                      confidence_threshold=confidence_threshold, entropy_budget=entropy_budget)
+        out, halves, step = lengthened(idx, max_new_tokens), 1 + (guidance > 0), 0
+        unknown, pads = out == -1, self.pads(out, block_ids, stop)
+        check(not guidance or (~unknown).any(1).all(), "guidance compares with a text whose prompt is hidden, "
+                                                       "and there is a row without a prompt")
+        if order is None:
+            order = 'random' if sampler in ('fixed', 'ancestral') else self.favourite_order
         bound = next((b for b in (confidence_threshold, entropy_budget) if b is not None), BOUNDS.get(sampler))
-        check(bound is None or bound >= 0, f"{SAMPLERS[sampler][-1]} is {bound}, expected 0 or more")
-        B, lead, looks, halves = idx.size(0), self.lead, order not in ('random', 'left_to_right') or sampler in ACCEPTS, 1 + (guidance > 0)
-        out = torch.cat((idx, idx.new_full((B, max_new_tokens), -1)), dim=1)
-        unknown, step, nfe = out == -1, 0, 0
-        check(not guidance or (~unknown).any(1).all(), "guidance compares with a text whose prompt is hidden, and there is a row without a prompt")
-        windows, edges = self.plan(unknown.any(0), steps, sampler), list(itertools.accumulate(self.config.lengths))
-        spans = list(zip(edges, edges[1:])) or [(0, out.size(1))] # where a stop holds
+        how = dict(sampler=sampler, order=order, bound=bound, temperature=temperature, top_k=top_k, top_p=top_p,
+                   remask=remask, guidance=guidance)
         with torch.inference_mode(): # small tensors: what autograd would note down costs more than the arithmetic
-            for start, end, blocks in windows:
-                text = F.pad(out[:, start:end], (lead, 0), value=self.config.begin_id or 0)
-                text = text.masked_fill(text == -1, self.config.mask_id) # (B, lead + T)
-                if guidance: # (2B, lead + T), the second half without what is given
-                    text = torch.cat((text, text.masked_fill(F.pad(~unknown[:, start:end], (lead, 0)), self.config.mask_id)))
-                ids = F.pad((self.ids[:end - start] if block_ids is None else block_ids) + lead, (lead, 0))
-                ids = ids.expand(B, -1).repeat(halves, 1) if edges else ids # rows of a hierarchy have pads of their own
-                cache, read = Cache(self, len(text), text.size(1)) if self.blockwise else None, 0
-                for s, e, n in blocks:
-                    s, e = s + lead, e + lead
-                    block, page = out[:, start + s - lead:start + e - lead], text.unflatten(0, (halves, B))[..., s:e] # views, to write on
-                    own = block == -1 # what this block may write and rewrite
-                    drawn = torch.zeros(own.shape, device=own.device) # the probability of what it wrote
-                    for t, rest in reverse_steps(n, schedule) if n else [(1.0, 0.0)] * (e - s): # each call reveals at least one
-                        hidden = block == -1
-                        k = QUOTAS[sampler](hidden, own.sum(1), t, rest) if sampler in QUOTAS else hidden.any(1)
-                        if not k.any():
-                            continue
-                        rows = hidden if looks else leading(torch.rand(own.shape, device=own.device) if order == 'random' else torch.zeros_like(drawn), hidden, k)
-                        b, i = rows.nonzero(as_tuple=True) # (R,) rows and positions within the block
-                        at = b * (e - read) + s - read + i # flat, of what is read
-                        only = torch.cat((at, at + B * (e - read))) if guidance else at
-                        x = self.read(text[:, read:e], read, s, ids[..., :e], cache, only).unflatten(0, (halves, len(b))) # (halves, R, C)
-                        logits = self.logits(x[1] + (1 + guidance) * (x[0] - x[1]) if guidance else x[0]) # (R, V); they are linear in x
-                        if looks:
-                            chosen = choose(sampler, order, bound, hidden, k, logits)[b, i]
-                            b, i, logits = b[chosen], i[chosen], logits[chosen]
-                        probs = token_probs(logits, temperature, top_k, top_p) # (R, V)
-                        block[b, i] = page[:, b, i] = token = draw(probs)
-                        read, step, nfe = s if self.blockwise else 0, step + 1, nfe + halves
-                        if remask and rest > 0:
-                            drawn[b, i] = token_probs(logits).gather(1, token[:, None])[:, 0]
-                            written = own & (block != -1)
-                            again = leading(-drawn, written, (remask * written.sum(1) + 1e-4).long())
-                            block.masked_fill_(again, -1)
-                            page.masked_fill_(again, self.config.mask_id)
+            for start, end, blocks in self.plan(unknown, steps, sampler):
+                cache = Cache(self, halves * len(out), self.lead + end - start) if self.blockwise else None
+                for s, e, counts in [(start + s, start + e, counts) for s, e, counts in blocks]:
+                    text = self.shown(out[:, start:e], unknown[:, start:e], guidance)
+                    ids = self.seen(e - start, None if pads is None else pads[:, start:e], halves)
+                    calls = [(1.0, 0.0)] * (e - s) if counts is None else row_steps(counts, schedule)
+                    for probs, final in self.fill(out[:, s:e], text, ids, cache, calls, **how):
+                        step += 1
                         if on_step is not None:
-                            final = start + s - lead if remask and rest > 0 else out.size(1)
-                            on_step(step, out, probs, {'nfe': nfe, 'done': min(final, settled(out)), 'total': out.size(1)})
-                    for a, z in spans if stop is not None else []:
-                        ended = end_rows(out[:, a:z], unknown[:, a:z], stop)
-                        if edges: # end ids to the end of the block, and nothing behind it that anybody sees
-                            beyond = ended & unknown[:, a:z]
-                            text.unflatten(0, (halves, B))[..., a + lead:z + lead].masked_fill_(beyond, stop)
-                            pads = beyond & (torch.arange(a + lead, z + lead, device=out.device) >= e)
-                            ids.unflatten(0, (halves, B))[..., a + lead:z + lead].masked_fill_(pads, text.size(1))
-                        elif ended[:, -1].all():
-                            return out
+                            done = settled(out) if final else min(s, settled(out))
+                            on_step(step, out, probs, {'nfe': step * halves, 'done': done, 'total': out.size(1)})
+                    if stop is not None and self.end(out, unknown, pads, stop, e):
+                        return out
         return out
+
+    def fill(self, block, text, ids, cache, calls, *, sampler, order, bound, temperature, top_k, top_p, remask,
+             guidance):
+        """
+        Write what is hidden (-1) of a block (B, n), in place. The block is the end of text, which shown() made; ids are
+        the text's blocks. calls: t and s of every step. Yields after each network call the distributions (R, V) of the
+        tokens that it revealed, and whether all that stands will stay.
+        """
+        s, own = text.size(1) - block.size(1), block == -1
+        page = text.unflatten(0, (-1, len(block)))[..., s:] # a view, to write on
+        drawn = torch.zeros(own.shape, device=own.device) # the probability of what is written
+        looks = order not in ('random', 'left_to_right') or sampler in ACCEPTS # do distributions say what comes first?
+        for t, rest in calls:
+            hidden = block == -1
+            k = QUOTAS[sampler](hidden, own.sum(1), t, rest) if sampler in QUOTAS else hidden.any(1)
+            if not k.any():
+                continue
+            rows = hidden
+            if not looks:
+                key = torch.rand(own.shape, device=own.device) if order == 'random' else torch.zeros_like(drawn)
+                rows = leading(key, hidden, k)
+            b, i = rows.nonzero(as_tuple=True) # (R,) rows and positions within the block
+            logits = self.look(text, s, ids, cache, b, i, guidance)
+            if looks:
+                chosen = choose(sampler, order, bound, hidden, k, logits)[b, i]
+                b, i, logits = b[chosen], i[chosen], logits[chosen]
+            probs = token_probs(logits, temperature, top_k, top_p) # (R, V)
+            block[b, i] = page[:, b, i] = token = draw(probs)
+            if remask: # of rows that took this step and have another one
+                drawn[b, i] = token_probs(logits).gather(1, token[:, None])[:, 0]
+                written, goes_on = own & (block != -1), (k > 0) & (rest > 0).to(k.device)
+                again = leading(-drawn, written, (remask * written.sum(1) + 1e-4).long() * goes_on)
+                block.masked_fill_(again, -1)
+                page.masked_fill_(again, self.config.mask_id)
+            yield probs, not remask or not (rest > 0).any()
+
+    def look(self, text, s, ids, cache, b, i, guidance):
+        """ logits (R, V) of rows b (R,) at positions i (R,) of the block that begins at s and ends the text """
+        halves, first, e = 1 + (guidance > 0), 0 if cache is None else cache.length, text.size(1)
+        at = b * (e - first) + s - first + i # flat, of what is read
+        only = torch.cat((at, at + len(text) // 2 * (e - first))) if guidance else at
+        x = self.read(text[:, first:], first, s, ids, cache, only).unflatten(0, (halves, len(b))) # (halves, R, C)
+        if not guidance:
+            return self.logits(x[0])
+        with torch.autocast(text.device.type, enabled=False): # what guidance overstates may overflow float16
+            x = x.to(self.lm_head.weight.dtype)
+            return self.logits(x[1] + (1 + guidance) * (x[0] - x[1])) # logits are linear in x
 
     def read(self, text, first, s, ids, cache, only):
         """
@@ -1176,7 +1321,7 @@ class Denoiser(GPT):
         if cache is None: # the row is denoised as a whole
             return self.one_stream(text, ids if ids.dim() > 1 else None, only)
         row = torch.arange(ids.size(-1), device=text.device)
-        mask = 'full' if first == s and ids.dim() == 1 else \
+        mask = 'full' if first == s and ids.dim() == 1 and self.question is None else \
             dense_mask(ids, row >= s, self.config.clean_causal, row[first:], None, self.question) # a new shape each time
         x = self.trunk(self.embed(text, row[first:]), row[first:], mask, cache, only=only)
         cache.keep(s - first)
@@ -1751,10 +1896,9 @@ class DFGPT(GPT):
 
     def chunks(self, unknown):
         """ what is denoised together, [(start, end), ...], of a text of which these positions are unknown (a list of bools) """
-        room, size, end, found = self.config.block_size, self.config.df_chunk_size, 0, []
-        while any(unknown[end:]):
-            first = end + unknown[end:].index(True)
-            h = min(len(unknown) - first, max(1, room // 2) if size is None else size or len(unknown))
+        room, size, N, end, found = self.config.block_size, self.config.df_chunk_size, len(unknown), 0, []
+        while (first := next((i for i in range(end, N) if unknown[i]), None)) is not None:
+            h = min(N - first, max(1, room // 2) if size is None else size or N)
             check(h <= room, f"df_chunk_size=0 denoises all {h} new tokens together, but the context has {room}: choose a smaller df_chunk_size")
             found.append((first, first + h))
             end = first + h
@@ -1802,11 +1946,13 @@ class DFGPT(GPT):
         seen; mixture samples the law that nll_bound bounds, ddim and ddpm another, in which a token is drawn in its last step
         only. guidance: w of logits = u + (1 + w)(c - u), where u are those behind pure noise instead of finished text
         (https://arxiv.org/abs/2502.06764); such a call counts 2. Else the token of a finished embedding is drawn from `logits`.
-        stop, on_step: as in Denoiser.generate.
+        stop, on_step: as in Denoiser.generate, but a stop always ends the row. Rows share their chunks, which begin at
+        a column that any of them has to fill.
         """
+        check_options(locals())
         model = self.variant(df_sampling_timesteps=steps, df_sampler=sampler, df_scheduling_matrix=df_scheduling_matrix, df_uncertainty_scale=df_uncertainty_scale)
-        check(guidance == 0 or guidance > 0 and self.tokens, f"guidance is {guidance}, expected 0 (off) or, with pred_token, more")
-        out, nfe = F.pad(idx, (0, max_new_tokens), value=-1), 0
+        check(guidance == 0 or self.tokens, f"guidance is {guidance}, expected 0 (off) or, with pred_token, more")
+        out, nfe = lengthened(idx, max_new_tokens), 0
         unknown, xs, probs, token = out == -1, F.embedding(out.clamp(min=0), self.embeddings()), None, None
         def net(x, k):
             nonlocal nfe, probs, token
@@ -1816,7 +1962,8 @@ class DFGPT(GPT):
             expected, finished = self.df_context(x, k), k == self.config.df_stabilization_level - 1
             if guidance:
                 hidden = torch.where(finished[..., None], self.df_noise(x.shape), x), k.masked_fill(finished, self.config.df_timesteps - 1)
-                expected = expected + guidance * (expected - self.df_context(*hidden)).nan_to_num() # -inf less itself
+                change = (expected - self.df_context(*hidden)).float().nan_to_num() # -inf less itself
+                expected = expected + guidance * change # not in float16, which this may overflow
             log_p = token_probs(expected, temperature, top_k, top_p).log() + self.likelihood(x, k)
             probs = log_p.softmax(-1)
             token = draw(probs)

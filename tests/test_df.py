@@ -624,6 +624,39 @@ def test_a_path_bounds_what_the_mixture_writes(kind, S, chunk, attention):
     assert often.sum() > 12 and (slack > -error)[often].all() and (slack[often] * p[often]).sum() < 0.3
     assert kind != 'autoregressive' or (slack.abs() < error)[often].all()
 
+@pytest.mark.parametrize('path', ['pyramid', 'full_sequence', 'autoregressive'])
+def test_a_path_begins_with_what_pure_noise_still_tells(path):
+    """ the KL divergence of the noisiest level from pure noise, per scored token; long embeddings make it large """
+    model, idx = speller(block_size=6, df_embed_norm=1000.0).variant(path), torch.randint(3, (4, 6))
+    model.df_step_nats = lambda idx, *levels: torch.zeros(idx.shape)
+    targets = idx.masked_fill(torch.arange(6) < 2, -1)
+    a, pure = model.df_alphas_cumprod[-1], torch.distributions.Normal(0, 1)
+    noisiest = torch.distributions.Normal(a.sqrt() * model.embeddings()[idx], (1 - a).sqrt())
+    expected = torch.distributions.kl_divergence(noisiest, pure).sum(-1)[:, 2:].sum(1)
+    nats, _ = model.nll_bound(idx, targets, 2)
+    assert torch.allclose(nats, expected[:, None].expand(-1, 2), rtol=1e-3) and expected.min() > 1
+
+@pytest.mark.parametrize('S', [8, 32])
+def test_a_step_costs_what_the_mixture_does_not_know(S, monkeypatch):
+    """ -log of q(z_next | z, token) mixed over the predicted tokens, less that of the true one, as normal densities """
+    model, idx = speller(df_sampling_timesteps=S, block_size=6), torch.randint(3, (64, 6))
+    curr = torch.randint(2, S + 1, (64, 6))
+    real, noise = df_real_levels(32, S), [torch.randn(64, 6, 8) for _ in range(2)]
+    k, k_next, E = real[curr], real[curr - 1], model.embeddings()[:3]
+    a, a_next = (model.df_alphas_cumprod[level][..., None] for level in (k, k_next))
+    z_next = a_next.sqrt() * E[idx] + (1 - a_next).sqrt() * noise[0]
+    z = (a / a_next).sqrt() * z_next + (1 - a / a_next).sqrt() * noise[1]
+    def density(z, a): # log q(z | token) of every token
+        normal = torch.distributions.Normal(a.sqrt()[..., None] * E, (1 - a).sqrt()[..., None])
+        return normal.log_prob(z[:, :, None]).sum(-1)
+    step = density(z_next, a_next) - density(z, a) # log q(z_next | z, token), but for q(z | z_next), which has no token
+    log_p, _ = model.df_posterior(z, k)
+    expected = step.gather(2, idx[..., None])[..., 0] - (log_p + step).logsumexp(-1)
+    draws = iter(noise)
+    monkeypatch.setattr(torch, 'randn_like', lambda x: next(draws))
+    found = model.df_step_nats(idx, curr, curr - 1)
+    assert torch.allclose(found, expected, atol=1e-2, rtol=1e-3) and expected.std() > 0.05
+
 def test_steps_of_a_squared_error_add_up():
     """ a normal step costs half the gain in signal-to-noise ratio times the error: of a constant guess all steps together are known """
     model, idx = build(df_objective='pred_x0', df_scheduling_matrix='full_sequence', df_chunk_size=0, df_sampling_timesteps=8), torch.randint(9, (3, 7))

@@ -719,6 +719,39 @@ def test_the_plan_covers_every_gap_once():
     assert plan == [(0, 8, [(0, 8, None)]), (4, 12, [(0, 8, None)]), (8, 16, [(0, 8, None)]), (12, 20, [(0, 8, None)]), (16, 21, [(0, 5, None)])]
     assert [p[:2] for p in build('mdlm').plan(torch.arange(12) >= 7, None, 'first_hitting')] == [(0, 8), (4, 12)] # a window is filled first
 
+@pytest.mark.parametrize('kind', ['bd3lm', 'mdlm'])
+def test_windows_keep_whole_blocks(kind):
+    """ a new window begins with whole blocks, about half of the context; where one block is all, with half of it """
+    for room, n in itertools.product(range(1, 10), range(1, 11)):
+        model = build(kind, block_size=room, attention='block', diffusion_block_size=n)
+        for filled, N in (0, 1), (1, 30), (room, room + 1), (2 * room + 1, 4 * room + 3):
+            for start, end, blocks in model.plan(torch.arange(N) >= filled, None, 'first_hitting'):
+                kept = filled - start # written tokens that the window begins with
+                if filled < room:
+                    assert start == 0
+                elif n < room:
+                    assert kept % n == 0 and min(n, room // 2) <= kept <= max(n, room // 2)
+                else:
+                    assert kept == room // 2
+                edges = [*range(0, end - start, n if model.blockwise else room), end - start]
+                left = [(s, e, None) for s, e in zip(edges, edges[1:]) if start + e > filled]
+                assert filled < end <= start + room and blocks == left
+                filled = end
+            assert filled == N
+
+@pytest.mark.parametrize('begin_id', [None, 6])
+@torch.no_grad()
+def test_the_smallest_contexts(begin_id):
+    """ a window of one token, or of the begin id and one, goes on and on too """
+    for kind, room, n in itertools.product(('mdlm', 'bd3lm', 'denoise'), (1, 2, 3), (1, 2, 3, 4)):
+        attentions = ('block',) if kind == 'bd3lm' else ('full', 'causal', 'block')
+        for attention in attentions:
+            model = build(kind, block_size=room, attention=attention, diffusion_block_size=n, begin_id=begin_id)
+            for prompt in torch.zeros(2, 0, dtype=torch.long), torch.tensor([[1, -1, 2, 3], [-1, 4, 0, -1]]):
+                out = model.generate(prompt, 7, order='left_to_right')
+                given = F.pad(prompt, (0, 7), value=-1)
+                assert out.min() >= 0 and out.max() < 5 and torch.equal(out[given != -1], given[given != -1])
+
 @pytest.mark.parametrize('block', [1, 2, 3])
 @torch.no_grad()
 def test_a_stop_is_the_end_of_its_row_only(block):
@@ -845,6 +878,13 @@ def test_metrics_say_how_much_was_hidden():
     found = model.metrics(x, x)
     assert list(found) == ['accuracy_15_hidden', 'accuracy_50_hidden', 'accuracy_85_hidden']
     assert all(abs(h - level) < 0.08 for h, level in zip(hidden, (0.15, 0.5, 0.85)))
+
+def test_metrics_ask_for_hidden_tokens_only():
+    """ a model that copies what it sees is right about every token but those that are hidden """
+    model, x = build('mdlm', block_size=64), torch.randint(5, (8, 64))
+    model.denoise = lambda xt, x0, ids=None: F.one_hot(xt, 8).double()
+    model.logits = lambda x: x
+    assert set(model.metrics(x, x).values()) == {0.0}
 
 @torch.no_grad()
 def test_greedy_rows_do_not_depend_on_their_batch():

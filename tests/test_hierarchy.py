@@ -174,6 +174,59 @@ def test_what_is_asked_for_is_the_same_without_the_rest(way):
     model.embed, rows = embed, model.rows(batch['targets'] != -1, batch['block_ids'])
     assert set(only.tolist()) <= set(rows.tolist()) and len(rows) == 4 * 12
 
+# ---- pads in a block of their own
+
+ATTENTIONS = [('mdlm', dict(attention='full')), ('mdlm', dict(attention='causal'))]
+ATTENTIONS += [(kind, dict(attention=attention, diffusion_block_size=n))
+               for kind in ('mdlm', 'bd3lm') for attention in ('block', 'hierarchical') for n in (1, 2, 4)]
+
+@pytest.mark.parametrize('way', ATTENTIONS, ids=name)
+@torch.no_grad()
+def test_every_number_of_a_record_is_as_without_its_pads(way):
+    """ a row that ends in pads, of whatever larger id, and the same row cut: states, likelihoods, what is hidden """
+    model, layout, _ = make(way)
+    row = layout.rows(layout.raw([[[1, 2, 3], [0, 1, 2], [3, 2, 1]]]))
+    row, pad = {k: torch.from_numpy(v).expand(64, -1) for k, v in row.items()}, torch.arange(16) >= 12
+    ids = row['block_ids'].masked_fill(pad, 0)
+    cut = {k: v[:, :12] for k, v in (row | {'block_ids': ids}).items()}
+    row |= {'idx': row['idx'].masked_fill(pad, 8), 'targets': row['targets'].masked_fill(pad, -1)}
+    bound, scored = model.nll_bound(**cut, n_samples=6)
+    orders = {order: model.nll_order(**{k: v[:1] for k, v in cut.items()}, order=order)[0] for order in models.ORDERS}
+    for larger in [n for n in (1, 2, 9) if model.id_list[-1] + n < model.most_blocks(16)]:
+        padded = row | {'block_ids': ids.masked_fill(pad, model.id_list[-1] + larger)}
+        xt = hide(padded)
+        states = model.denoise(xt, padded['idx'], padded['block_ids'])[:, :12]
+        assert torch.allclose(states, model.denoise(xt[:, :12], cut['idx'], cut['block_ids']), atol=1e-10)
+        for order, nats in orders.items():
+            found = model.nll_order(**{k: v[:1] for k, v in padded.items()}, order=order)[0]
+            assert torch.allclose(found, nats, atol=1e-9)
+        nats, n = model.nll_bound(**padded, n_samples=6)
+        error = ((nats.mean(1).var() + bound.mean(1).var()) / 64).sqrt()
+        assert torch.equal(n, scored) and (nats.mean() - bound.mean()).abs() < 5 * error + 1e-9
+        assert model(**padded)[1].isfinite() and set(model.metrics(**padded)) == set(model.metrics(**cut))
+        _, masked, t = model.corrupt(**padded)
+        rows = model.rows(masked, padded['block_ids'])
+        assert not (masked & (padded['targets'] == -1)).any() and (t > 0).all()
+        assert set(masked.flatten().nonzero()[:, 0].tolist()) <= set(rows.tolist())
+
+@torch.no_grad()
+def test_block_ids_of_a_prompt_are_the_config_s_but_for_pads():
+    model, layout, _ = make(('bd3lm', dict(attention='block', diffusion_block_size=2)))
+    prompt = layout.prompt([[1], [1, 2, 3]])
+    prompt |= {k: torch.from_numpy(prompt[k]) for k in ('idx', 'block_ids')}
+    out = model.generate(**prompt, order='left_to_right', temperature=0)
+    for larger in 1, 100:
+        ids = prompt['block_ids'] + larger * (prompt['block_ids'] > model.id_list[-1])
+        assert torch.equal(model.generate(**{**prompt, 'block_ids': ids}, order='left_to_right', temperature=0), out)
+    other = prompt['block_ids'].clone()
+    other[0, 8] = 3
+    ids = prompt['block_ids']
+    for wrong, says in (other, 'must be larger'), (ids[:, :8], 'expected'), (ids[:1], 'expected'):
+        with pytest.raises(UserError, match=says):
+            model.generate(**{**prompt, 'block_ids': wrong})
+    with pytest.raises(UserError, match='outgrows the context'):
+        model.generate(prompt['idx'], 4, block_ids=torch.zeros(2, 20, dtype=torch.long))
+
 # ---- generation
 
 def ask(model, layout, questions, **options):
@@ -334,7 +387,8 @@ def test_plain_text_in_segments_is_a_hierarchy_wherever_it_is_named(tmp_path, he
     """ training and the picture of its mask choose the same pattern, and take the same defaults """
     (tmp_path / 'a.txt').write_text('to be or not to be ' * 100)
     prepare.prepare('text', str(tmp_path / 'text'), 'byte', input=str(tmp_path / 'a.txt'))
-    args = [*SMALL, '--objective=mdlm', '--segments=4,4,8', '--block_size=16']
+    small = [arg for arg in SMALL if not arg.startswith('--curriculum')] # which is for records
+    args = [*small, '--objective=mdlm', '--segments=4,4,8', '--block_size=16']
     assert 'attention hierarchical' in here('train.py', *args, f'--dataset={tmp_path}/text', f'--out_dir={tmp_path}/run')
     assert plot.read_settings(args[-3:])[0].attention == 'hierarchical' and plot.read_settings(['--objective=mdlm'])[0].attention == 'full'
     assert plot.read_settings(['--objective=bd3lm'])[0].diffusion_block_size == 16

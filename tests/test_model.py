@@ -190,6 +190,20 @@ def test_gradient_checkpointing_and_dropout():
     assert torch.allclose(*grads, atol=1e-6)
     assert not torch.equal(model(idx)[0], model(idx)[0]) and torch.equal(model.eval()(idx)[0], model(idx)[0])
 
+def test_checkpointing_computes_every_layer_twice():
+    """ once forward and, as nothing was kept, once more for the gradients, which are the same """
+    idx, found = torch.randint(11, (2, 12)), []
+    for again in False, True:
+        model, calls = gpt(grad_checkpointing=again, begin_id=10).train(), []
+        for block in model.transformer.h:
+            block.register_forward_pre_hook(lambda block, inputs: calls.append(block.layer))
+        loss = model(idx, idx)[1]
+        assert calls == [0, 1]
+        loss.backward()
+        found.append((calls, [p.grad for p in model.parameters()]))
+    assert [calls for calls, _ in found] == [[0, 1], [0, 1, 1, 0]]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1]))
+
 # ---- writing
 
 def uncached(model, idx, n, **options):
@@ -199,7 +213,7 @@ def uncached(model, idx, n, **options):
     room, start, end = model.config.block_size - begin.size(1), max(0, idx.size(1) - model.config.block_size + begin.size(1)), None
     for _ in range(n):
         if idx.size(1) - start > room: # the stated policy: the newer half is kept
-            start = idx.size(1) - max(1, room // 2)
+            start = idx.size(1) - min(room, max(1, room // 2))
         logits = model(torch.cat((begin, idx[:, start:]), 1))[0][:, -1]
         idx = torch.cat((idx, draw(token_probs(logits, **options))[:, None]), 1)
     return idx
@@ -215,6 +229,18 @@ def test_cached_generation_is_uncached_generation(switches, begin_id, T):
     a = model.generate(prompt, 40, temperature=0.9, top_k=7)
     torch.manual_seed(1)
     assert torch.equal(a, uncached(model, prompt, 40, temperature=0.9, top_k=7)) and torch.equal(a[:, :T], prompt)
+
+@pytest.mark.parametrize('begin_id', [None, 10])
+@pytest.mark.parametrize('block_size', [1, 2, 3])
+def test_the_smallest_contexts(block_size, begin_id):
+    """ a window of one token, or of the begin id alone, goes on and on too """
+    model = gpt(text_size=10, block_size=block_size, begin_id=begin_id).double()
+    for T in range(begin_id is None, 5):
+        prompt = torch.randint(10, (3, T))
+        torch.manual_seed(1)
+        a = model.generate(prompt, 9)
+        torch.manual_seed(1)
+        assert torch.equal(a, uncached(model, prompt, 9))
 
 def test_rows_with_prompts_of_different_lengths():
     model = gpt(begin_id=10, text_size=10)
@@ -259,6 +285,29 @@ def test_token_probs():
     for options in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5):
         with pytest.raises(UserError, match='expected'):
             token_probs(logits, **options)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_token_probs_are_a_distribution_up_to_the_limits(dtype):
+    """ the coldest is the argmax, ties included, the hottest uniform over the text's ids; top_p keeps a token """
+    logits = torch.tensor([[2.0, 3.0, 3.0, -1.0, -math.inf], [-6e4, -5e4, -6e4, -5e4, -math.inf]]).to(dtype)
+    greedy = torch.tensor([[0.0, 1, 0, 0, 0], [0, 1, 0, 0, 0]])
+    for temperature in 0, 0.0, 5e-324, 1e-320, 1e-39, 1e-30, 1e-9:
+        for more in {}, dict(top_k=2), dict(top_p=0.5), dict(top_k=3, top_p=1e-320):
+            assert torch.equal(token_probs(logits, temperature, **more), greedy)
+    for temperature in 1e-6, 1e-3: # no limit yet: equal logits are equally likely
+        assert torch.equal(token_probs(logits, temperature)[0], torch.tensor([0, 0.5, 0.5, 0, 0]))
+    hot = token_probs(logits[:1], 1e6)
+    assert torch.allclose(hot, torch.tensor([[0.25, 0.25, 0.25, 0.25, 0]]), atol=1e-4)
+    for top_p in 1e-6, 1e-50, 5e-324: # the first token crosses p, however small
+        assert torch.equal(token_probs(logits, top_p=top_p) > 0, greedy > 0)
+    large = torch.tensor([[3e38, 1e38, -3e38]]) # their difference is infinite in float32, and that is enough
+    assert torch.equal(token_probs(large, 0.5), torch.tensor([[1.0, 0, 0]]))
+    bad = {'temperature': [math.inf, math.nan, 1e39, 10 ** 400, None, True, 'cold'],
+           'top_k': [-1, 2.5, True, 'abc', math.nan], 'top_p': [-0.1, math.nan, math.inf, True, 'x']}
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(UserError, match=f'{name} is'):
+                token_probs(logits, **{name: value})
 
 @torch.no_grad()
 def test_a_cache_refuses_what_does_not_fit():
