@@ -1,30 +1,41 @@
 """
-How well runs answer the questions of a test split: exact answers, plans on their own, likelihoods of plan and execution, and the cost.
+How well runs answer the questions of a test split: exact answers, plans alone, nats of plan and execution, the cost.
 $ python -m tools.answers out-arithmetic out-arithmetic-ar --num_samples=500
 $ python -m tools.answers "out-arithmetic,sampler=threshold" "out-arithmetic,sampler=fixed,steps=8|16|32"
-A contender is the folder of a run and options of its generate, with commas between; a|b|c is a row for each. Columns: accuracy, with its 95 %
-interval (Wilson): does what the execution gives as its answer (after ####, else all of it) equal the true one? Beside it chance, how often
-the commonest true answer is right. plan same: plans that come to what the true one does, by same_plan of data/NAME/check.py (without one: equal
-text). Nats per record, a bound but for ar: of the true plan with the execution hidden, of the true execution given the true plan, and given
-the plan that was generated. What is printed also lands in answers.json beside each run.
+A contender is the folder of a run and options of its generate, with commas between; a|b|c is a row for each.
+Columns: accuracy, with its 95 % interval (Wilson): does what the execution gives as its answer (after the last ####,
+else all of it) equal the true one? Beside it chance, how often the commonest true answer is right. plan same: plans
+that come to what the true one does, by same_plan of data/NAME/check.py (without one: equal text). Nats per record, a
+bound but for ar: of the true plan with the execution hidden, of the true execution given the true plan, and given the
+plan that was generated. What is printed also lands in answers.json beside each run.
+
+Two answers are equal if they are the same text or the same number, exactly. Numbers are written like
+  12  +12  -12  012  1.50  .5  1.5e3  1/2, with a full stop after them or not,
+  1,234.5  with a comma, a thin or a no-break space before every three digits; 1,23 and 1 234 may be two numbers each,
+  $5  -$5  5 €  with a currency sign or, as the question says which, without: $5 is 5, 5 € is 5, $5 is not 5 €,
+  50%  which is 0.5 and not 50.
+Everything else is text: 12 apples, 1,2,3, inf, digits of other scripts, what has more than 1,000 characters or an
+exponent of more than three digits. An empty answer is never right. A dataset with other rules says
+same_answer(question, a, b) in data/NAME/check.py: is a as good an answer as the true one, b? All three are text.
+Chance goes by it too.
 """
-import inspect
-import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import torch
 
 import model as models
-import prepare
-from configurator import configure, fail
-from model import UserError
-from prepare import Layout, PrepareError, Records, Tokenizer, provider
-from tools.quality import contenders, load
+from configurator import configure, fail, print_anything
+from model import check
+from prepare import Layout, Records, Tokenizer, provider
+from tools.runs import (as_command, check_data, check_options, check_output, check_sizes, contenders, load, sentences,
+                        split_view, with_error, write_json)
 
 num_samples = 0 # questions, the first so many of the split; 0: all
 batch_size = 32 # answered at once
@@ -38,14 +49,46 @@ threads = 0 # of the CPU; 0: as many as torch takes
 seed = 1337
 device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mps | cpu
 
+# ---- answers (an underscore, as public text would be a setting)
+
+_THOUSANDS = ',\u2009\u00a0\u202f' # comma, thin space, no-break space, narrow no-break space
+_CURRENCIES = '$€£¥₹'
+_WHOLE = '|'.join(['[0-9]+', *(f'[1-9][0-9]{{0,2}}(?:{s}[0-9]{{3}})+' for s in _THOUSANDS)])
+NUMBER = re.compile(rf'''
+    (?P<front> [+-]?(?:[{_CURRENCIES}][ ]?)? | [{_CURRENCIES}][ ]?[+-] )
+    (?P<digits> (?:{_WHOLE})/0*[1-9][0-9]* | (?:(?:{_WHOLE})(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?0*[0-9]{{1,3}})? )
+    (?P<back> (?:[ ]?[{_CURRENCIES}%])? ) \.?''', re.VERBOSE)
+
+def number(text):
+    """ an answer -> (the exact Fraction, its currency sign or '') if it is written as a number, else (the text, '') """
+    plain = text.replace('\u2212', '-').replace('–', '-') # the minus sign, and the dash that stands in for it
+    found = NUMBER.fullmatch(plain) if len(plain) <= 1000 else None
+    if found is None or sum(c in _CURRENCIES + '%' for c in plain) > 1:
+        return text, ''
+    magnitude = Fraction(re.sub(f'[{_THOUSANDS}]', '', found['digits'])) / (100 if '%' in found['back'] else 1)
+    return -magnitude if '-' in found['front'] else magnitude, ''.join(c for c in plain if c in _CURRENCIES)
+
+def answer_text(execution):
+    """ what stands behind the last ####, without #### all of it """
+    return execution.rpartition('####')[2].strip()
+
 def answer(execution):
-    """ what stands behind the last ####, as a number where it is one; without #### all of it """
-    text = execution.rpartition('####')[2].strip() if '####' in execution else execution.strip()
-    plain = text.replace(',', '').replace('$', '').rstrip('.')
-    try:
-        return float(plain) if math.isfinite(float(plain)) else text
-    except ValueError:
-        return text
+    """ the answer that an execution gives, a Fraction or text: see above """
+    return number(answer_text(execution))[0]
+
+def same_answer(question, a, b):
+    """ is a the answer b? Both are text; of datasets whose check.py does not say it """
+    (a_value, a_sign), (b_value, b_sign) = number(a), number(b)
+    return a != '' and a_value == b_value and (a_sign == b_sign or '' in (a_sign, b_sign))
+
+def chance(questions, true, same):
+    """ the share of the questions to which the commonest true answer is right; questions and true answers are text """
+    if same is same_answer: # counting is enough
+        counted = Counter(map(number, filter(None, true)))
+        total = Counter(number(b)[0] for b in true if b)
+        right = [counted[value, sign] + counted[value, ''] if sign else total[value] for value, sign in counted]
+        return max(right, default=0) / len(true)
+    return max(sum(bool(same(q, a, b)) for q, b in zip(questions, true)) for a in dict.fromkeys(true)) / len(true)
 
 def wilson(right, n):
     """ the 95 % interval of a share (https://doi.org/10.1080/01621459.1927.10502953) """
@@ -53,94 +96,142 @@ def wilson(right, n):
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
+# ---- runs
+
+class Run:
+    """ a run, its questions and how its rows are laid out """
+    def __init__(self, folder):
+        self.where, self.amp, _ = models.pick_device(device)
+        self.model, state = load(folder, self.where, ckpt, weights)
+        self.objective, meta, settings = state['objective'], state['meta'], state['settings']
+        check('segments' in meta,
+              f"{folder} was trained on plain text, expected records of question, plan and execution")
+        corpus = Records(settings['dataset'], settings.get('skip', ''))
+        check_data(folder, meta, corpus, 'segments')
+        self.tokenizer, self.layout = Tokenizer(meta), Layout(meta, getattr(self.model, 'id_list', None))
+        self.names, self.check = [*self.layout.lengths], provider(meta['dataset'], 'check.py')
+        self.split = split if split in meta['splits'] else 'val' if split == 'test' else split
+        n = min(corpus.n_windows(self.split), num_samples or sys.maxsize)
+        check(n, f"{self.split} of {corpus.folder} has no questions")
+        self.slots = Layout(meta, range(len(self.layout.segment))) # reads raw rows
+        self.raw = np.array(corpus.raw(self.split, slice(n))).astype(np.int64)
+
+    def texts(self, records):
+        """ [{segment: ids}, ...] -> the same with text; '' for a segment that was never begun """
+        return [{k: self.tokenizer.decode(parts[k]) if k in parts else '' for k in self.names} for parts in records]
+
 def bound(model, layout, raw, only, where):
     """ nats of the segments `only` (numbers) of raw rows, summed per row, (B,); nothing after them is visible """
     batch = {k: torch.from_numpy(v).to(where) for k, v in layout.rows(raw, only, model.row_length).items()}
     if layout.ids is not None: # ar cannot look ahead
         later = torch.from_numpy(layout.segment > max(only)).to(where)
         batch['idx'] = batch['idx'].masked_fill(later & (batch['idx'] != layout.pad_id), model.config.mask_id)
-    return model.nll_bound(**batch, n_samples=1 if model.bound_name == 'nll' else bound_samples)[0].cpu().double().mean(1)
+    nats, _ = model.nll_bound(**batch, n_samples=1 if model.bound_name == 'nll' else bound_samples)
+    return nats.cpu().double().mean(1)
 
-def answered(name, folder, options):
-    """ the row of a contender, and its answers [{question, ...}] """
-    where, amp, _ = models.pick_device(device)
-    model, state = load(folder, where, ckpt, weights)
-    meta, settings = state['meta'], state['settings']
-    models.check('segments' in meta, f"{folder} was trained on plain text, expected records of question, plan and execution")
-    corpus, tokenizer, layout = Records(settings['dataset'], settings.get('skip', '')), Tokenizer(meta), Layout(meta, getattr(model, 'id_list', None))
-    names, check = [*layout.lengths], provider(meta['dataset'], 'check.py')
-    part = split if split in meta['splits'] else 'val' if split == 'test' else split
-    n = min(corpus.n_windows(part), num_samples or sys.maxsize)
-    raw = np.array(corpus.raw(part, slice(n))).astype(np.int64)
-    slots = Layout(meta, range(len(layout.segment))) # reads raw rows
-    true = [{k: tokenizer.decode(ids) for k, ids in slots.parts(row).items()} for row in raw]
-    takes = inspect.signature(model.generate).parameters
-    for option in options:
-        models.check(option in takes and option not in ('idx', 'max_new_tokens', 'on_step', 'stop', 'block_ids'), f"{name}: {state['objective']} has no use for {option}")
-    options = {'temperature': temperature} | options
-    torch.manual_seed(seed)
+def mean_bound(run, raw, only):
+    """ the mean of bound over raw rows (n, T), and its standard error; of one row there is none, nan """
+    batches = [raw[i:i + batch_size] for i in range(0, len(raw), batch_size)]
+    nats = torch.cat([bound(run.model, run.layout, rows, only, run.where) for rows in batches])
+    return nats.mean().item(), nats.std().item() / math.sqrt(len(nats)) if len(nats) > 1 else math.nan
+
+def bounds(run, given):
+    """ the columns about nats; given: what was generated, [{segment: ids}, ...] """
+    names, last, row = run.names, len(run.names) - 1, {}
+    for j, name in enumerate(names[1:], 1):
+        row['nats_' + name], row[f'nats_{name}_stderr'] = mean_bound(run, run.raw, [j])
+    if last > 1: # generated between question and answer, all else as it is
+        true = [run.slots.parts(row) for row in run.raw]
+        mixed = [[own.get(k, []) if k in names[1:last] else parts[k] for k in names] for own, parts in zip(given, true)]
+        column = f'nats_{names[last]}_given_generated'
+        row[column], row[column + '_stderr'] = mean_bound(run, run.layout.raw(mixed), [last])
+    return row | {'exact': run.model.bound_name == 'nll'}
+
+def ask(run, name, options):
+    """ -> what is generated, [{segment: ids}, ...], network calls and seconds """
     given, calls, spent, begun, told = [], 0, 0.0, time.time(), time.time()
+    questions, n = [run.slots.parts(row)[run.names[0]] for row in run.raw], len(run.raw)
+    torch.manual_seed(seed)
     for i in range(0, n, batch_size):
-        asked = layout.prompt([slots.parts(row)[names[0]] for row in raw[i:i + batch_size]])
-        asked = {k: torch.from_numpy(v).to(where) if isinstance(v, np.ndarray) else v for k, v in asked.items()}
+        asked = run.layout.prompt(questions[i:i + batch_size])
+        asked = {k: torch.from_numpy(v).to(run.where) if isinstance(v, np.ndarray) else v for k, v in asked.items()}
         nfe, clock = [0], time.perf_counter()
-        with amp:
-            out = model.generate(**asked, stop=layout.end_id, on_step=lambda step, idx, probs, s: nfe.append(s['nfe']), **options)
-        given += [layout.parts(row) for row in out.cpu().numpy()]
+        with run.amp:
+            out = run.model.generate(**asked, stop=run.layout.end_id, **options,
+                                     on_step=lambda step, idx, probs, state: nfe.append(state['nfe']))
+        given += [run.layout.parts(row) for row in out.cpu().numpy()]
         calls, spent = calls + nfe[-1], spent + time.perf_counter() - clock
         if time.time() - told > 10:
             told = time.time()
-            print(f"{name}: {len(given)} of {n} questions, {(told - begun) * (n - len(given)) / len(given):.0f} s left", file=sys.stderr, flush=True)
-    said = [{k: tokenizer.decode(parts[k]) if k in parts else '' for k in names} for parts in given]
-    last, right = names[-1], sum(answer(a[names[-1]]) == answer(b[names[-1]]) for a, b in zip(said, true))
-    chance = Counter(str(answer(b[last])) for b in true).most_common(1)[0][1] / n
-    written = sum(len(ids) + 1 for parts in given for k, ids in parts.items() if k != names[0])
+            left = (told - begun) * (n - len(given)) / len(given)
+            print(f"{name}: {len(given)} of {n} questions, {left:.0f} s left", file=sys.stderr, flush=True)
+    return given, calls, spent
+
+def answered(name, folder, options):
+    """ the row of a contender, and its answers [{question, ...}] """
+    run = Run(folder)
+    check_options(name, run.model, run.objective, options, OURS)
+    given, calls, spent = ask(run, name, {'temperature': temperature} | options)
+    first, last, n = run.names[0], run.names[-1], len(run.raw)
+    said, true = run.texts(given), run.texts(map(run.slots.parts, run.raw))
+    same = run.check.get('same_answer', same_answer)
+    same_plan = run.check.get('same_plan', lambda a, b: a.strip() == b.strip())
+    questions, answers = [b[first] for b in true], [answer_text(b[last]) for b in true]
+    right = sum(bool(same(q, answer_text(a[last]), b)) for q, a, b in zip(questions, said, answers))
+    written = sum(len(ids) + 1 for parts in given for k, ids in parts.items() if k != first)
     low, high = wilson(right, n)
-    row = {'contender': name, 'objective': state['objective'], 'attention': model.config.attention, 'parameters': model.n_params(), 'split': part, 'questions': n,
-           'accuracy': right / n, 'accuracy_low': low, 'accuracy_high': high, 'chance': chance, 'nfe': calls / math.ceil(n / batch_size),
+    row = {'contender': name, 'objective': run.objective, 'attention': run.model.config.attention,
+           'parameters': run.model.n_params(), 'split': run.split, 'questions': n,
+           'accuracy': right / n, 'accuracy_low': low, 'accuracy_high': high,
+           'chance': chance(questions, answers, same), 'nfe': calls / math.ceil(n / batch_size),
            'tokens_per_second': written / spent, 'batch_size': batch_size}
-    if 'plan' in names:
-        same = check.get('same_plan', lambda a, b: a.strip() == b.strip())
-        row['plan_same'] = sum(same(a['plan'], b['plan']) for a, b in zip(said, true)) / n
-    if bound_samples and model.bound_name:
-        replaced = layout.raw([[parts.get(k, []) if 0 < j < len(names) - 1 else slots.parts(r)[k] for j, k in enumerate(names)] for parts, r in zip(given, raw)])
-        wanted = [('nats_' + k, raw, [j]) for j, k in enumerate(names) if j] + [(f'nats_{last}_given_generated', replaced, [len(names) - 1])] * (len(names) > 2)
-        for column, rows, only in wanted:
-            nats = torch.cat([bound(model, layout, rows[i:i + batch_size], only, where) for i in range(0, n, batch_size)])
-            row[column], row[column + '_stderr'] = nats.mean().item(), nats.std().item() / math.sqrt(n)
-        row['exact'] = model.bound_name == 'nll'
-    return row, [{**a, **{f'true_{k}': b[k] for k in names if k != names[0]}} for a, b in zip(said, true)]
+    if 'plan' in run.names:
+        row['plan_same'] = sum(bool(same_plan(a['plan'], b['plan'])) for a, b in zip(said, true)) / n
+    if bound_samples and run.model.bound_name:
+        row |= bounds(run, given)
+    return row, [{**a, **{f'true_{k}': b[k] for k in run.names if k != first}} for a, b in zip(said, true)]
+
+OURS = ('idx', 'max_new_tokens', 'on_step', 'stop', 'block_ids') # what the tool itself gives to generate
+
+def show(table):
+    nats = dict.fromkeys(k for row in table for k in row if k.startswith('nats_') and not k.endswith('_stderr'))
+    titles = ['run', f"accuracy of {table[0]['questions']:,}", '95 %', 'chance', 'plan same', 'NFE', 'tokens/s']
+    titles += [k.replace('_', ' ') for k in nats]
+    print('|', ' | '.join(titles), '|\n' + '|---' * len(titles) + '|')
+    for row in table:
+        interval = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        plan = f"{row['plan_same']:.3f}" if 'plan_same' in row else ''
+        cells = [row['contender'], f"{row['accuracy']:.3f}", interval, f"{row['chance']:.3f}", plan,
+                 f"{row['nfe']:.0f}", f"{row['tokens_per_second']:,.0f}"]
+        for k in nats:
+            sign = '=' if row.get('exact') else '<='
+            cells.append(f"{sign} {with_error(row[k], row[k + '_stderr'], 2)}" if k in row else '')
+        print('|', ' | '.join(cells), '|')
 
 def main():
-    configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+    print_anything()
+    settings = configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
     rows = contenders([a for a in sys.argv[1:] if not a.startswith('-')])
     if not rows:
         fail("name the folders of runs: python -m tools.answers out-a out-b")
-    for name, least in ('num_samples', 0), ('batch_size', 1), ('bound_samples', 0), ('examples', 0), ('threads', 0):
-        if globals()[name] < least:
-            fail(f"{name} is {globals()[name]}, expected at least {least}")
-    if threads:
-        torch.set_num_threads(threads)
-    table, found = [], {}
-    try:
+    with sentences():
+        check_sizes(settings, num_samples=0, batch_size=1, bound_samples=0, examples=0)
+        if threads:
+            torch.set_num_threads(threads)
+        for name, folder, options in rows: # what is wrong with the last of them is better said before the first
+            run = Run(folder)
+            check_options(name, run.model, run.objective, options, OURS)
+            check_output(os.path.join(split_view(folder)[0], 'answers.json'))
+        table, found = [], {}
         for name, folder, options in rows:
             row, texts = answered(name, folder, options)
             table.append(row)
-            found.setdefault(folder, []).append(row | {'answers': texts[:20]})
             for text in texts[:examples]:
                 print(f"--- {name}", *(f"[{k}] {v}" for k, v in text.items()), sep='\n')
-        for folder, results in found.items():
-            with prepare.replacing(os.path.join(folder, 'answers.json')) as (temporary,), open(temporary, 'w') as f:
-                json.dump(results, f, indent=2)
-    except (PrepareError, UserError) as e:
-        fail(str(e))
-    nats = dict.fromkeys(k for row in table for k in row if k.startswith('nats_') and not k.endswith('_stderr'))
-    print(f"| run | accuracy of {table[0]['questions']:,} | 95 % | chance | plan same | NFE | tokens/s |" + ''.join(f" {k.replace('_', ' ')} |" for k in nats))
-    print('|---' * (7 + len(nats)) + '|')
-    for row in table:
-        plan, bounds = f"{row['plan_same']:.3f}" if 'plan_same' in row else '', [f" {'=' if row['exact'] else '<='} {row[k]:.2f} +- {row[k + '_stderr']:.2f} |" if k in row else ' |' for k in nats]
-        print(f"| {row['contender']} | {row['accuracy']:.3f} | {row['accuracy_low']:.3f} to {row['accuracy_high']:.3f} | {row['chance']:.3f} | {plan} | {row['nfe']:.0f} "
-              f"| {row['tokens_per_second']:,.0f} |" + ''.join(bounds))
+            place = os.path.realpath(split_view(folder)[0])
+            found.setdefault(place, []).append(row | {'answers': texts[:20]})
+            write_json(os.path.join(place, 'answers.json'), found[place]) # now, in case the next contender fails
+        show(table)
 
 if __name__ == '__main__':
-    main()
+    as_command(main)

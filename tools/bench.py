@@ -7,7 +7,6 @@ setting of train.py, and those below. Tokens are random, so no data is needed; a
 """
 import ast
 import inspect
-import json
 import multiprocessing
 import os
 import statistics
@@ -18,7 +17,9 @@ from dataclasses import fields
 import torch
 
 import model as models
-from configurator import configure, fail
+from configurator import configure, fail, print_anything
+from model import UserError, check
+from tools.runs import as_command, check_output, check_sizes, sentences, write_json
 
 repetitions = 20 # training steps of each contender; 0: none
 samples = 3 # texts of each contender; 0: none
@@ -33,22 +34,34 @@ output = '' # write the table there as JSON too
 NANOGPT = dict(objective='ar', pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2', optimizer='adamw')
 
 def train_settings():
-    """ the settings at the top of train.py, read but not run: {name: default} """
+    """ the settings at the top of train.py, read but not run: {name: default, '__annotations__': {name: type in text}} """
     with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')) as f:
         body = ast.parse(f.read()).body
-    found = {}
-    for node in body:
-        if isinstance(node, ast.Assign):
-            if node.targets[0].id == 'config': # where the settings end
-                return found
-            found[node.targets[0].id] = ast.literal_eval(node.value)
+    found, annotations = {}, {}
+    for node in (n for n in body if isinstance(n, (ast.Assign, ast.AnnAssign))):
+        name = (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
+        if not isinstance(node.value, (ast.Constant, ast.UnaryOp)): # where the settings end
+            break
+        found[name] = ast.literal_eval(node.value)
+        if isinstance(node, ast.AnnAssign):
+            annotations[name] = ast.unparse(node.annotation)
+    return found | {'__annotations__': annotations}
 
-def contender(text, settings):
+def all_settings():
+    """ the settings of train.py and those above, for configure: {name: default, '__annotations__': ...} """
+    theirs, own = train_settings(), globals()
+    annotations = own.get('__annotations__') or own['__annotate__'](1) # python 3.14 makes them when asked
+    return own | theirs | {'__annotations__': annotations | theirs['__annotations__']}
+
+def contender(text, settings, annotations={}):
     """ 'config/x.py,objective=mdlm' -> all settings, as train.py would read `config/x.py --objective=mdlm` """
     argv = []
     for part in text.split(','):
-        argv += [f'--{k}={v}' for k, v in NANOGPT.items()] if part == 'nanogpt' else ['--' + part if '=' in part else part]
-    return configure(dict(settings), argv)
+        if part == 'nanogpt':
+            argv += [f'--{k}={v}' for k, v in NANOGPT.items()]
+        else:
+            argv.append('--' + part if '=' in part else os.path.expanduser(part))
+    return configure(settings | {'__annotations__': annotations}, argv)
 
 def build(s, ids):
     """ settings -> (model, optimizers) as train.py makes them, for a text of so many ids """
@@ -61,8 +74,19 @@ def build(s, ids):
     device, amp, _ = models.pick_device(s['device'], s['dtype'])
     model = own(models.GPTConfig(**shape)).to(device)
     if device.type == 'cuda' if s['compile'] is None else s['compile']:
+        check_compiler(device)
         model.compile()
     return model, amp, model.configure_optimizers(s['optimizer'], s['learning_rate'], s['muon_learning_rate'], s['weight_decay'], (s['beta1'], s['beta2']))
+
+def check_compiler(device):
+    """ a sentence in place of torch's page where there is no C++ compiler """
+    if device.type == 'cpu':
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError("compile=True needs a C++ compiler on a CPU, and there is none: leave compile out") from None
 
 def train_step(s, model, amp, optimizers, ids):
     device = model.transformer.wte.weight.device
@@ -108,57 +132,86 @@ def seconds(call):
     call()
     return time.perf_counter() - started
 
-def main():
-    settings = configure(globals() | train_settings(), [a for a in sys.argv[1:] if a.startswith('-')])
-    names = [a for a in sys.argv[1:] if not a.startswith('-')]
-    if not names:
-        fail("name contenders: python -m tools.bench objective=ar objective=mdlm nanogpt")
-    for name, least in ('repetitions', 0), ('samples', 0), ('sample_rows', 1), ('new_tokens', 0), ('text_size', 1), ('threads', 0):
-        if settings[name] < least:
-            fail(f"{name} is {settings[name]}, expected at least {least}")
-    if settings['threads']:
-        torch.set_num_threads(settings['threads'])
-    ids, spawn = settings['text_size'], multiprocessing.get_context('spawn')
-    try:
-        all_settings = [contender(name, settings) for name in names]
-        made = [build(s, ids) for s in all_settings]
-        rows = [{'contender': name, 'parameters': model.n_params(), 'threads': torch.get_num_threads(), 'device': str(model.transformer.wte.weight.device)}
-                for name, (model, *_) in zip(names, made)]
-        times = [[] for _ in names]
-        for i in range(settings['repetitions'] + 2 if settings['repetitions'] else 0):
-            for s, m, t in zip(all_settings, made, times):
-                t.append(seconds(lambda: train_step(s, *m, ids)))
-        for s, row, t in zip(all_settings, rows, times):
-            if t: # the first two warm up
-                row['train_ms'] = statistics.median(t[2:]) * 1000
-                row['train_tokens_per_second'] = s['batch_size'] * s['block_size'] / row['train_ms'] * 1000
-                queue = spawn.Queue()
-                worker = spawn.Process(target=peak_memory, args=(s, ids, torch.get_num_threads(), queue))
-                worker.start()
-                worker.join()
-                assert worker.exitcode == 0, f"the process that measures the memory of {row['contender']} died (exit code {worker.exitcode}): is there enough of it?"
-                row['train_peak_bytes'] = queue.get()
-        times = [[] for _ in names]
-        for i in range(settings['samples'] + 1 if settings['samples'] else 0):
-            for s, (model, amp, _), row, t in zip(all_settings, made, rows, times):
-                n = s['new_tokens'] or s['block_size'] - 1
-                t.append(seconds(lambda: row.update(calls=write(model.eval(), amp, s['sample_rows'], n, s))) / n / s['sample_rows'])
-        for row, t in zip(rows, times):
-            if t:
-                row['sample_tokens_per_second'] = 1 / statistics.median(t[1:])
-    except models.UserError as e:
-        fail(str(e))
-    print('| contender | parameters | step, ms | train tokens/s | x | peak MB | sampled tokens/s | x | network calls |\n' + '|---' * 9 + '|')
+def measure_training(contenders, rows, repetitions):
+    """ contenders: [(settings, what build made), ...]; adds columns to their rows """
+    times = [[] for _ in rows]
+    for _ in range(repetitions + 2):
+        for (s, made), t in zip(contenders, times):
+            t.append(seconds(lambda: train_step(s, *made, s['text_size'])))
+    spawn = multiprocessing.get_context('spawn')
+    for (s, _), row, t in zip(contenders, rows, times):
+        row['train_ms'] = statistics.median(t[2:]) * 1000 # the first two warm up
+        row['train_tokens_per_second'] = s['batch_size'] * s['block_size'] / row['train_ms'] * 1000
+        queue = spawn.Queue()
+        worker = spawn.Process(target=peak_memory, args=(s, s['text_size'], torch.get_num_threads(), queue))
+        worker.start()
+        worker.join()
+        check(worker.exitcode == 0, f"the process that measures the memory of {row['contender']} died "
+              f"(exit code {worker.exitcode}): is there enough of it?")
+        row['train_peak_bytes'] = queue.get()
+
+def measure_writing(contenders, rows, samples):
+    """ as measure_training """
+    times = [[] for _ in rows]
+    for _ in range(samples + 1):
+        for (s, (model, amp, _)), row, t in zip(contenders, rows, times):
+            n = s['new_tokens'] or s['block_size'] - 1
+            spent = seconds(lambda: row.update(calls=write(model.eval(), amp, s['sample_rows'], n, s)))
+            t.append(spent / n / s['sample_rows'])
+    for row, t in zip(rows, times):
+        row['sample_tokens_per_second'] = 1 / statistics.median(t[1:])
+
+def check_settings(s):
+    check_sizes(s, repetitions=0, samples=0, sample_rows=1, new_tokens=0, text_size=1, batch_size=1, block_size=1,
+                n_layer=1, n_head=1, n_embd=1, diffusion_block_size=0)
+    for name in 'learning_rate', 'muon_learning_rate', 'weight_decay', 'grad_clip':
+        check(0 <= s[name] < float('inf'), f"{name} is {s[name]}, expected 0 or more")
+    for name in 'beta1', 'beta2', 'dropout':
+        check(0 <= s[name] < 1, f"{name} is {s[name]}, expected 0 or more and below 1")
+    check(s['new_tokens'] or s['block_size'] > 1 or not s['samples'],
+          "block_size is 1, which leaves nothing to write after a prompt of one token: set new_tokens")
+
+def show(rows):
+    titles = ['contender', 'parameters', 'step, ms', 'train tokens/s', 'x', 'peak MB', 'sampled tokens/s', 'x',
+              'network calls']
+    print('|', ' | '.join(titles), '|\n' + '|---' * len(titles) + '|')
     cell = lambda row, key, form, unit=1: form.format(row[key] / unit) if key in row else ''
     ratio = lambda row, key: cell(row, key, '{:.2f}', rows[0].get(key))
     for row in rows:
-        print('|', ' | '.join([row['contender'], cell(row, 'parameters', '{:.2f}M', 1e6), cell(row, 'train_ms', '{:.1f}'), cell(row, 'train_tokens_per_second', '{:,.0f}'),
-              ratio(row, 'train_tokens_per_second'), cell(row, 'train_peak_bytes', '{:.0f}', 1e6), cell(row, 'sample_tokens_per_second', '{:,.0f}'),
-              ratio(row, 'sample_tokens_per_second'), str(row.get('calls', ''))]), '|')
-    print(f"{rows[0]['threads']} threads, {rows[0]['device']}, torch {torch.__version__}; x is the speed against the first")
-    if settings['output']:
-        with open(settings['output'], 'w') as f:
-            json.dump(rows, f, indent=2)
+        cells = [row['contender'], cell(row, 'parameters', '{:.2f}M', 1e6), cell(row, 'train_ms', '{:.1f}'),
+                 cell(row, 'train_tokens_per_second', '{:,.0f}'), ratio(row, 'train_tokens_per_second'),
+                 cell(row, 'train_peak_bytes', '{:.0f}', 1e6), cell(row, 'sample_tokens_per_second', '{:,.0f}'),
+                 ratio(row, 'sample_tokens_per_second'), str(row.get('calls', ''))]
+        print('|', ' | '.join(cells), '|')
+    first = rows[0]
+    print(f"{first['threads']} threads, {first['device']}, torch {torch.__version__}; x is the speed against the first")
+
+def main():
+    print_anything()
+    names = [a for a in sys.argv[1:] if not a.startswith('-')]
+    defaults = all_settings()
+    settings = configure(defaults, [a for a in sys.argv[1:] if a.startswith('-')])
+    if not names:
+        fail("name contenders: python -m tools.bench objective=ar objective=mdlm nanogpt")
+    with sentences():
+        chosen = [contender(name, settings, defaults['__annotations__']) for name in names]
+        for s in (settings, *chosen):
+            check_settings(s)
+        if settings['output']:
+            check_output(settings['output'])
+        if settings['threads']:
+            torch.set_num_threads(settings['threads'])
+        contenders = [(s, build(s, s['text_size'])) for s in chosen]
+        rows = [{'contender': name, 'parameters': model.n_params(), 'threads': torch.get_num_threads(),
+                 'device': str(model.transformer.wte.weight.device)}
+                for name, (_, (model, *_)) in zip(names, contenders)]
+        if settings['repetitions']:
+            measure_training(contenders, rows, settings['repetitions'])
+        if settings['samples']:
+            measure_writing(contenders, rows, settings['samples'])
+        show(rows)
+        if settings['output']:
+            write_json(settings['output'], rows)
 
 if __name__ == '__main__':
-    main()
+    as_command(main)

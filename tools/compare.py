@@ -16,74 +16,114 @@ import numpy as np
 import torch
 
 import model as models
-from configurator import configure, fail
-from model import UserError
+from configurator import configure, fail, print_anything
+from model import check
 from prepare import Corpus, PrepareError
-from tools.quality import load
+from tools.runs import as_command, check_data, check_output, check_sizes, load, sentences, with_error, write_json
 
 orders = 0 # windows per run; 0: none. A network call per token of a block and order
 batch_size = 16
 output = '' # write the table there as JSON too
 
+# what the table reads: of results.json, and of the scoreboard of each reading in it
+RUN = {'dataset': str, 'objective': str, 'parameters': int, 'train_tokens_seen': (int, float), 'weights': dict}
+BOARD = {'name': str, 'sign': str, 'nats_per_token': (int, float), 'stderr_monte_carlo': (int, float),
+         'stderr_windows': (int, float), 'perplexity': (int, float, type(None)), 'windows': int, 'tokens': int,
+         'protocol': str}
+
+def check_fields(found, fields, path, again):
+    """ a sentence where a part of results.json, `found`, lacks a field or has something else there """
+    for name, kind in fields.items():
+        what = 'no' if not isinstance(found, dict) or name not in found else 'another kind of'
+        fits = what != 'no' and isinstance(found[name], kind) and not isinstance(found[name], bool)
+        check(fits, f"{path} has {what} {name!r}, so another version wrote it: {again}")
+
 def read_results(folder):
+    """ results.json of a run, as a dict that has all that the table reads """
+    path = os.path.join(os.path.expanduser(folder), 'results.json')
+    again = f"finish the run, or python train.py --out_dir={folder} --eval_only=True"
     try:
-        with open(os.path.join(folder, 'results.json')) as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        fail(f"{folder} has no readable results.json ({e}): finish the run, or python train.py --out_dir={folder} --eval_only=True")
+        with open(path, encoding='utf-8') as f:
+            results = json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        why = e.strerror if isinstance(e, OSError) else f'{type(e).__name__}: {e}'
+        raise PrepareError(f"{folder} has no readable results.json ({why}): {again}") from None
+    check_fields(results, RUN, path, again)
+    check(results['weights'], f"{path} has no scoreboard: {again}")
+    for numbers in results['weights'].values():
+        check_fields(numbers, {'scoreboard': dict, 'random_windows': (int, float)}, path, again)
+        check_fields(numbers['scoreboard'], BOARD, path, again)
+    return results
+
+def read_runs(folders):
+    """ -> a row of the table for every reading of every run """
+    table = []
+    for folder in folders:
+        results = read_results(folder)
+        about = {k: results[k] for k in RUN if k != 'weights'}
+        for reading, numbers in results['weights'].items():
+            table.append({'run': folder, 'reading': reading, **about, **numbers['scoreboard'],
+                          'random_windows': numbers['random_windows']})
+    return table
 
 def order_nats(folder, n_windows, view):
     """ {order: (nats per token, standard error over windows)} of a run, or of what its weights can be read as; ar has one order """
-    model, state = load(f'{folder}:{view}', ckpt='latest', weights='raw') # what the scoreboard read
+    model, state = load(folder, ckpt='latest', weights='raw', view=view or None) # what the scoreboard read
     corpus, found, ordered = Corpus(state['settings']['dataset']), {}, hasattr(model, 'nll_order')
-    step = max(1, corpus.n_windows('val', model.row_length) // n_windows)
-    spaced = [batch['idx'] for batch in itertools.islice(corpus.windows('val', 1, model.row_length), 0, step * n_windows, step)]
+    check_data(folder, state['meta'], corpus)
+    there = corpus.n_windows('val', model.row_length)
+    check(there > 1, f"{folder}: val has {there} windows of {model.row_length} tokens, expected at least 2")
+    step, n = max(1, there // n_windows), min(there, n_windows)
+    spaced = [batch['idx'] for batch in itertools.islice(corpus.windows('val', 1, model.row_length), 0, step * n, step)]
     for order in models.ORDERS if ordered else ['left_to_right'] if model.bound_name == 'nll' else []:
         means = []
-        for i in range(0, len(spaced), batch_size):
+        for i in range(0, n, batch_size):
             idx = torch.from_numpy(np.concatenate(spaced[i:i + batch_size]))
             nats, scored = model.nll_order(idx, idx, order) if ordered else model.nll_bound(idx, idx)
             means.append(nats.view(len(nats), -1)[:, 0] / scored)
-            print(f"\r{folder}: {order}, {sum(map(len, means))} of {n_windows} windows ", end='', file=sys.stderr)
+            print(f"\r{folder}: {order}, {sum(map(len, means))} of {n} windows ", end='', file=sys.stderr)
         means = torch.cat(means)
         found[order] = means.mean().item(), means.std().item() / len(means) ** 0.5
     print(file=sys.stderr)
     return found
 
-def main():
-    folders = [a for a in sys.argv[1:] if not a.startswith('-')]
-    configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
-    if orders < 0 or orders == 1:
-        fail(f"orders is {orders}, expected 0 (none) or at least 2 windows: one says nothing of the error")
-    if not folders:
-        fail("name the folders of the runs to compare: python -m tools.compare out-a out-b")
-    table = []
-    for folder in folders:
-        results = read_results(folder)
-        for reading, numbers in results['weights'].items():
-            row = {'run': folder, 'dataset': results['dataset'], 'objective': results['objective'], 'reading': reading, 'parameters': results['parameters'],
-                   'train_tokens_seen': results['train_tokens_seen'], **numbers['scoreboard'], 'random_windows': numbers['random_windows']}
-            if orders and not reading.startswith('ema'):
-                try:
-                    row['orders'] = order_nats(folder, orders, reading.partition('_as_')[2])
-                except (PrepareError, UserError) as e:
-                    fail(str(e))
-            table.append(row)
+def show(table):
     names = list(models.ORDERS) if orders else []
-    print('| run | reading | parameters | tokens seen | nats/token | +- Monte Carlo | +- windows | perplexity | random windows |',
-          *(f' {name} |' for name in names), sep='')
-    print('|---' * (9 + len(names)) + '|')
-    for row in sorted(table, key=lambda row: row['nats_per_token']):
+    titles = ['run', 'reading', 'parameters', 'tokens seen', 'nats/token', '+- Monte Carlo', '+- windows', 'perplexity',
+              'random windows', *names]
+    print('|', ' | '.join(titles), '|\n' + '|---' * len(titles) + '|')
+    for row in sorted(table, key=lambda row: (math.isnan(row['nats_per_token']), row['nats_per_token'])): # nan last
+        perplexity = math.nan if row['perplexity'] is None else row['perplexity']
+        cells = [row['run'], f"{row['objective']}, {row['reading'].replace('_', ' ')}",
+                 f"{row['parameters'] / 1e6:.2f}M", f"{row['train_tokens_seen'] / 1e6:.1f}M",
+                 f"{row['name']} {row['sign']} {row['nats_per_token']:.4f}", f"{row['stderr_monte_carlo']:.4f}",
+                 f"{row['stderr_windows']:.4f}", f"{perplexity:.4g}", f"{row['random_windows']:.4f}"]
         found = [row.get('orders', {}).get(name) for name in names]
-        print(f"| {row['run']} | {row['objective']}, {row['reading'].replace('_', ' ')} | {row['parameters'] / 1e6:.2f}M | {row['train_tokens_seen'] / 1e6:.1f}M "
-              f"| {row['name']} {row['sign']} {row['nats_per_token']:.4f} | {row['stderr_monte_carlo']:.4f} | {row['stderr_windows']:.4f} "
-              f"| {row['perplexity'] or math.nan:.4g} | {row['random_windows']:.4f} |",
-              *(f" {v[0]:.3f} +- {v[1]:.3f} |" if v else ' |' for v in found), sep='')
+        print('|', ' | '.join(cells + [with_error(*pair, 3) if pair else '' for pair in found]), '|')
     if len({(row['dataset'], row['windows'], row['tokens']) for row in table}) > 1:
-        print("note: these runs were not scored on the same tokens", *sorted({f"{r['run']}: {r['dataset']}, {r['windows']} {r['protocol']}, {r['tokens']} tokens scored" for r in table}), sep='\n  ')
-    if output:
-        with open(output, 'w') as f:
-            json.dump(table, f, indent=2)
+        scored = {f"{row['run']}: {row['dataset']}, {row['windows']} {row['protocol']}, {row['tokens']} tokens scored"
+                  for row in table}
+        print("note: these runs were not scored on the same tokens", *sorted(scored), sep='\n  ')
+
+def main():
+    print_anything()
+    settings = configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+    folders = [a for a in sys.argv[1:] if not a.startswith('-')]
+    with sentences():
+        check(orders == 0 or orders >= 2,
+              f"orders is {orders}, expected 0 (none) or at least 2 windows: one says nothing of the error")
+        check_sizes(settings, orders=0, batch_size=1)
+        if not folders:
+            fail("name the folders of the runs to compare: python -m tools.compare out-a out-b")
+        if output:
+            check_output(output)
+        table = read_runs(folders)
+        for row in table if orders else []:
+            if not row['reading'].startswith('ema'):
+                row['orders'] = order_nats(row['run'], orders, row['reading'].partition('_as_')[2])
+        show(table)
+        if output:
+            write_json(output, table)
 
 if __name__ == '__main__':
-    main()
+    as_command(main)

@@ -8,11 +8,9 @@ Held-out text stands in front of what is written (--prompt) and behind it (--suf
 A judge alone is fooled by dull text, so read its column beside the others: unigram entropy of what is written (nats), distinct-n (the share
 of n-grams that are different, of all samples together) and repetition (the share of n-grams that the same sample had before).
 """
+import importlib.util
 import inspect
 import itertools
-import json
-import math
-import os
 import sys
 import time
 from collections import Counter
@@ -21,9 +19,11 @@ import numpy as np
 import torch
 
 import model as models
-from configurator import configure, fail
-from model import UserError, check
-from prepare import Corpus, PrepareError, Tokenizer, provider
+from configurator import configure, fail, print_anything
+from model import check
+from prepare import Corpus, Tokenizer
+from tools.runs import (as_command, check_data, check_options, check_output, check_sizes, contenders, load, sentences,
+                        with_error, write_json)
 
 judge = '' # the folder of an ar run; folder:ar is what ar reads in a run with ar_weight
 num_samples = 64 # texts per row
@@ -41,33 +41,7 @@ seed = 1337
 device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mps | cpu
 output = '' # write the table there as JSON too
 
-def value(text):
-    """ an option as typed: a number where it is one, else a name """
-    for kind in int, float:
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-def contenders(names):
-    """ ['run,steps=8|16', ...] -> [('run,steps=8', 'run', {'steps': 8}), ...] """
-    found = []
-    for name in names:
-        folder, *options = name.split(',')
-        for option in options:
-            if '=' not in option:
-                fail(f"{name}: {option!r} is no option, expected key=value, or key=a|b for a row each")
-        keys = [option.partition('=')[0] for option in options]
-        for choice in itertools.product(*(option.partition('=')[2].split('|') for option in options)):
-            found.append((','.join([folder, *(f'{k}={v}' for k, v in zip(keys, choice))]), folder, {k: value(v) for k, v in zip(keys, choice)}))
-    return found
-
-def load(folder, where='cpu', ckpt='best', weights='ema'):
-    """ 'folder' or 'folder:view' of a run -> (model, its checkpoint's dict) """
-    folder, _, view = folder.partition(':')
-    state = models.read_checkpoint(os.path.join(folder, f'ckpt_{ckpt}.pt'))
-    return models.load_checkpoint(state, where, weights, provider(state['settings']['dataset']).get('OBJECTIVES', {}), view or None)
+OURS = ('idx', 'max_new_tokens', 'on_step', 'block_ids') # what the tool itself gives to generate
 
 def judged(model, idx, targets):
     """ nats of the scored tokens of rows (B, N), summed per row, and how many they are, both (B,); a long row is read context by context """
@@ -116,81 +90,113 @@ def measure(out, gap, critic):
 
 def likeness(texts, reference):
     """ BLEU of decoded texts, 0 to 100, with one reference each (https://aclanthology.org/P02-1040) """
-    try:
-        import sacrebleu
-    except ImportError:
-        fail("--bleu needs a package: pip install sacrebleu")
+    import sacrebleu
     return sacrebleu.corpus_bleu(texts, [reference], tokenize={'words': '13a', 'char': 'char'}[bleu]).score
 
+def check_settings(settings):
+    check_sizes(settings, num_samples=2, batch_size=1, prompt=0, new_tokens=0, suffix=0, ngram=1, examples=0)
+    check(bleu in ('', 'words', 'char'), f"bleu is {bleu!r}, expected words or char")
+    if bleu and importlib.util.find_spec('sacrebleu') is None:
+        fail("--bleu needs a package: pip install sacrebleu")
+    if output:
+        check_output(output)
+
+def choose_gap(critic, models_of_runs):
+    """ which tokens of a text are written, a slice; before and behind them is held-out text """
+    new = new_tokens or critic.config.block_size - prompt - suffix
+    check(new >= 1, f"prompt {prompt} and suffix {suffix} leave nothing of the judge's context of "
+          f"{critic.config.block_size}: set new_tokens")
+    check(ngram <= new, f"ngram is {ngram}, expected at most the {new} new tokens of a text")
+    without_begin = any(model.config.begin_id is None for model in (critic, *models_of_runs))
+    first = prompt or int(without_begin) # something must come first
+    return slice(first, first + new)
+
+def read_held_out(corpus, length):
+    """ evenly spaced windows of val, (num_samples, length) """
+    windows = corpus.n_windows('val', length)
+    check(windows >= num_samples, f"the held-out text has {windows} windows of {length} tokens, "
+          f"fewer than num_samples={num_samples}")
+    step = windows // num_samples
+    spaced = itertools.islice(corpus.windows('val', 1, length), 0, step * num_samples, step)
+    return torch.from_numpy(np.concatenate([batch['idx'] for batch in spaced]))
+
+def write_all(model, held_out, gap, options):
+    """ -> texts (B, N), network calls per batch, seconds """
+    torch.manual_seed(seed)
+    started, calls, out = time.perf_counter(), 0, []
+    for text in held_out.split(batch_size):
+        written, nfe = write(model, text, gap, options)
+        out.append(written)
+        calls += nfe
+    return torch.cat(out), calls / len(out), time.perf_counter() - started
+
+def measure_all(rows):
+    """ -> the table, the texts of each of its rows, the gap, the tokenizer and the device """
+    where, _, _ = models.pick_device(device)
+    critic, state = load(judge, where, ckpt, weights)
+    check(critic.bound_name == 'nll', f"the judge {judge} is {state['objective']}, expected ar, "
+          f"whose likelihood is exact; of a run with ar_weight, {judge}:ar")
+    corpus, tokenizer = Corpus(state['settings']['dataset']), Tokenizer(state['meta'])
+    check_data(judge, state['meta'], corpus)
+    runs = {folder: load(folder, where, ckpt, weights) for _, folder, _ in rows}
+    for name, folder, options in rows: # what is wrong with the last of them is better said before the first
+        model, other = runs[folder]
+        same = all(other['meta'].get(k) == state['meta'].get(k) for k in ('tokenizer', 'chars'))
+        check(same, f"{folder} and the judge {judge} do not write in the same tokens")
+        check_options(name, model, other['objective'], options, OURS)
+        takes = inspect.signature(model.generate).parameters
+        check(not suffix or 'sampler' in takes,
+              f"{name}: {other['objective']} cannot see what stands behind a gap: leave out --suffix")
+    gap = choose_gap(critic, [model for model, _ in runs.values()])
+    held_out = read_held_out(corpus, gap.stop + suffix).to(where)
+    table, texts = [{'contender': 'the held-out text', **measure(held_out, gap, critic)}], [held_out]
+    begun = time.time()
+    for done, (name, folder, options) in enumerate(rows):
+        left = f", {(time.time() - begun) / done * (len(rows) - done):.0f} s left" if done else ''
+        print(f"{done} of {len(rows)} rows{left}; now {name}", file=sys.stderr)
+        out, nfe, seconds = write_all(runs[folder][0], held_out, gap, options)
+        texts.append(out)
+        new = gap.stop - gap.start
+        table.append({'contender': name, **measure(out, gap, critic), 'nfe': nfe,
+                      'tokens_per_second': num_samples * new / seconds, 'samples': num_samples, 'new_tokens': new})
+    return table, texts, gap, tokenizer, where
+
+def show(table):
+    titles = ['contender', 'judge nll', *['nll behind'] * (suffix > 0), *['BLEU'] * bool(bleu),
+              'entropy', f'distinct-{ngram}', 'repetition', 'NFE', 'tokens/s']
+    print('|', ' | '.join(titles), '|\n' + '|---' * len(titles) + '|')
+    for row in table:
+        cells = [row['contender'], with_error(row['nll'], row['nll_stderr'], 3)]
+        cells += [f"{row['nll_behind']:.3f}"] if suffix else []
+        cells += [f"{row['bleu']:.2f}"] if bleu else []
+        cells += [f"{row[k]:.3f}" for k in ('entropy', 'distinct', 'repetition')]
+        cells += [f"{row['nfe']:.0f}", f"{row['tokens_per_second']:,.0f}"] if 'nfe' in row else ['', '']
+        print('|', ' | '.join(cells), '|')
+
 def main():
-    names = [a for a in sys.argv[1:] if not a.startswith('-')]
-    configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
-    rows = contenders(names)
+    print_anything()
+    settings = configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+    rows = contenders([a for a in sys.argv[1:] if not a.startswith('-')])
     if not rows or not judge:
         fail("name runs and a judge: python -m tools.quality out-mdlm out-bd3lm --judge=out-ar")
-    for name, least in ('num_samples', 2), ('batch_size', 1), ('prompt', 0), ('new_tokens', 0), ('suffix', 0), ('ngram', 1), ('threads', 0):
-        if globals()[name] < least:
-            fail(f"{name} is {globals()[name]}, expected at least {least}")
-    if bleu not in ('', 'words', 'char'):
-        fail(f"bleu is {bleu!r}, expected words or char")
-    if threads:
-        torch.set_num_threads(threads)
-    table, texts, begun = [], [], time.time()
-    try:
-        where, _, _ = models.pick_device(device)
-        critic, state = load(judge, where, ckpt, weights)
-        check(critic.bound_name == 'nll', f"the judge {judge} is {state['objective']}, expected ar, whose likelihood is exact; of a run with ar_weight, {judge}:ar")
-        corpus, tokenizer, meta = Corpus(state['settings']['dataset']), Tokenizer(state['meta']), state['meta']
-        runs = {folder: load(folder, where, ckpt, weights) for _, folder, _ in rows}
-        for folder, (model, other) in runs.items():
-            check(all(other['meta'].get(k) == meta.get(k) for k in ('tokenizer', 'chars')), f"{folder} and the judge {judge} do not write in the same tokens")
-        new = new_tokens or critic.config.block_size - prompt - suffix
-        check(new >= 1, f"prompt {prompt} and suffix {suffix} leave nothing of the judge's context of {critic.config.block_size}: set new_tokens")
-        first = prompt or int(any(model.config.begin_id is None for model in (critic, *(m for m, _ in runs.values())))) # something must come first
-        gap, length = slice(first, first + new), first + new + suffix
-        windows = corpus.n_windows('val', length)
-        check(windows >= num_samples, f"the held-out text has {windows} windows of {length} tokens, fewer than num_samples={num_samples}")
-        spaced = itertools.islice(corpus.windows('val', 1, length), 0, windows // num_samples * num_samples, windows // num_samples)
-        held_out = torch.from_numpy(np.concatenate([batch['idx'] for batch in spaced])).to(where)
-        table.append({'contender': 'the held-out text', **measure(held_out, gap, critic)})
-        texts.append(held_out)
-        for done, (name, folder, options) in enumerate(rows):
-            left = f", {(time.time() - begun) / done * (len(rows) - done):.0f} s left" if done else ''
-            print(f"{done} of {len(rows)} rows{left}; now {name}", file=sys.stderr)
-            model, (_, other) = runs[folder][0], runs[folder]
-            takes = inspect.signature(model.generate).parameters
-            for option in options:
-                check(option in takes and option not in ('idx', 'max_new_tokens', 'on_step'), f"{name}: {other['objective']} has no use for {option}")
-            check(not suffix or 'sampler' in takes, f"{name}: {other['objective']} cannot see what stands behind a gap: leave out --suffix")
-            torch.manual_seed(seed)
-            started, calls, out = time.perf_counter(), 0, []
-            for text in held_out.split(batch_size):
-                written, nfe = write(model, text, gap, options)
-                out.append(written)
-                calls += nfe
-            seconds = time.perf_counter() - started
-            texts.append(torch.cat(out))
-            table.append({'contender': name, **measure(texts[-1], gap, critic), 'nfe': calls / len(out),
-                          'tokens_per_second': num_samples * new / seconds, 'samples': num_samples, 'new_tokens': new})
-    except (PrepareError, UserError) as e:
-        fail(str(e))
-    behind, parts = suffix > 0, [[tokenizer.decode(ids) for ids in out[:, gap].tolist()] for out in texts]
-    for row, part in zip(table, parts if bleu else []):
-        row['bleu'] = likeness(part, parts[0])
-    print('| contender | judge nll |', ' nll behind |' * behind, ' BLEU |' * bool(bleu),
-          f' entropy | distinct-{ngram} | repetition | NFE | tokens/s |\n' + '|---' * (7 + behind + bool(bleu)) + '|', sep='')
-    for row in table:
-        cost = f"{row['nfe']:.0f} | {row['tokens_per_second']:,.0f}" if 'nfe' in row else ' | '
-        print(f"| {row['contender']} | {row['nll']:.3f} +- {row['nll_stderr']:.3f} |" + (f" {row['nll_behind']:.3f} |" if behind else '') + (f" {row['bleu']:.2f} |" if bleu else ''),
-              f"{row['entropy']:.3f} | {row['distinct']:.3f} | {row['repetition']:.3f} | {cost} |")
-    print(f"{num_samples} texts of {new} new tokens each, {batch_size} at once, {torch.get_num_threads()} threads, {where}; judge {judge}, {weights} weights")
-    for row, out in zip(table, texts):
-        for ids in out[:examples].tolist():
-            before, own, after = (tokenizer.decode(part) for part in (ids[:gap.start], ids[gap], ids[gap.stop:]))
-            print(f"--- {row['contender']}\n" + (f"[{before}]" if before else '') + own + (f"[{after}]" if after else ''))
-    if output:
-        with open(output, 'w') as f:
-            json.dump([{k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()} for row in table], f, indent=2)
+    with sentences():
+        check_settings(settings)
+        if threads:
+            torch.set_num_threads(threads)
+        table, texts, gap, tokenizer, where = measure_all(rows)
+        parts = [[tokenizer.decode(ids) for ids in out[:, gap].tolist()] for out in texts]
+        for row, part in zip(table, parts if bleu else []):
+            row['bleu'] = likeness(part, parts[0])
+        show(table)
+        print(f"{num_samples} texts of {gap.stop - gap.start} new tokens each, {batch_size} at once, "
+              f"{torch.get_num_threads()} threads, {where}; judge {judge}, {weights} weights")
+        for row, out in zip(table, texts):
+            for ids in out[:examples].tolist():
+                before, own, after = (tokenizer.decode(part) for part in (ids[:gap.start], ids[gap], ids[gap.stop:]))
+                given = [f"[{text}]" if text else '' for text in (before, after)]
+                print(f"--- {row['contender']}\n{own.join(given)}")
+        if output:
+            write_json(output, table)
 
 if __name__ == '__main__':
-    main()
+    as_command(main)
