@@ -1,0 +1,814 @@
+"""
+Laws against quiet mistakes: what every setting of GPTConfig changes and what it leaves as it is, where dropout
+acts, which optimizer has which parameter, and formulas written out a second time. Each law fails under a wrong
+sign, place or constant that breaks nothing else.
+"""
+import dataclasses
+import itertools
+import math
+import zlib
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import flex_attention
+
+from model import (OBJECTIVES, Denoiser, GPTConfig, UserError, block_ids, dense_mask,
+                   load_checkpoint, pick_device, score, token_probs)
+
+TEXT = torch.tensor([[0, 3, 1, 4, 2, 2, 0, 1], [4, 4, 2, 0, 3, 1, 2, 3], [1, 0, 0, 2, 4, 3, 1, 4]])
+
+def fill(model):
+    """ large random weights, so that all depends on all; a parameter's name decides its values, not its size """
+    for name, p in model.named_parameters():
+        draws = torch.randn(256, 256, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        p.data = 0.4 * draws[:p.size(0), :p.size(1)] if p.dim() == 2 else 1 + 0.3 * draws[0, :p.size(0)]
+        if name.endswith('bias'):
+            p.data -= 1
+    return model
+
+def make(objective, **settings):
+    """ a small filled model in evaluation mode: 5 ids of text, 5 begins, 7 is [MASK] """
+    own = OBJECTIVES[objective]
+    sizes = dict(block_size=8, vocab_size=9, text_size=5, begin_id=5, mask_id=7, n_layer=2, n_head=2, n_embd=16,
+                 attention=own.attentions[0])
+    if objective == 'bd3lm':
+        sizes['diffusion_block_size'] = 4
+    return fill(own(GPTConfig(**{**sizes, **settings}))).eval()
+
+def batch(model):
+    """ a text of which everything is scored; denoise is given one that is corrupted already """
+    if type(model) is Denoiser:
+        hidden = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1]).bool()
+        return dict(idx=TEXT.masked_fill(hidden, 7), targets=TEXT.masked_fill(~hidden, -1))
+    return dict(idx=TEXT, targets=TEXT)
+
+def label(value):
+    """ of a parameter of a test, where it is a dict of settings """
+    return ('-'.join(map(str, value.values())) or 'default') if isinstance(value, dict) else None
+
+# ---- what can be seen of a model
+
+def shapes(model):
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+def names(model):
+    return [name for name, _ in model.named_parameters()]
+
+def names_of_matrices(model):
+    return [name for name, p in model.named_parameters() if p.dim() == 2]
+
+def embedding_shape(model):
+    return model.transformer.wte.weight.shape
+
+def layer_names(model):
+    return [name for name in names(model) if '.h.' in name]
+
+def first_weights(model):
+    """ as they were before fill """
+    torch.manual_seed(0)
+    return [p.detach() for p in type(model)(model.config).parameters()]
+
+def longest(model):
+    """ how many tokens it reads """
+    for T in itertools.count(1):
+        try:
+            model(torch.zeros(1, T, dtype=torch.long))
+        except UserError:
+            return T - 1
+
+def logits(model):
+    return model(TEXT)[0]
+
+def text_logits(model):
+    """ of the ids that a text contains """
+    return logits(model)[..., :5]
+
+def possible(model):
+    return logits(model).isfinite()
+
+def columns(start, end):
+    """ logits of some positions """
+    return lambda model: logits(model)[:, start:end]
+
+def loss(model, training=True):
+    torch.manual_seed(0)
+    return model.train(training)(**batch(model))[1].detach()
+
+def gradient(model):
+    torch.manual_seed(0)
+    model.train()(**batch(model))[1].backward()
+    return [p.grad for p in model.parameters()]
+
+def bound(model):
+    torch.manual_seed(0)
+    return model.nll_bound(TEXT, TEXT, 2)
+
+def scored(model):
+    return bound(model)[1]
+
+def levels(model):
+    """ the noise level of every token """
+    torch.manual_seed(0)
+    return model.corrupt(TEXT, TEXT)[2]
+
+def levels_per_row(model):
+    return [len(row.unique()) for row in levels(model)]
+
+def writing(model, prompt=TEXT[:, :2], **options):
+    """ -> (what it writes, [(step, what stands, distributions, state), ...]) """
+    calls, room = [], model.config.block_size - prompt.size(1)
+    torch.manual_seed(0)
+    note = lambda step, idx, *more: calls.append((step, idx.clone(), *more))
+    return model.generate(prompt, room, on_step=note, **options), calls
+
+def written(model):
+    return writing(model)[0]
+
+def written_embeddings(model):
+    torch.manual_seed(0)
+    return model.generate_df(TEXT[:, :2], 6)
+
+def written_after_stops(model):
+    """ many hot rows, each of them with several stops """
+    return writing(model, TEXT.repeat(40, 1)[:, :1], stop=1, temperature=5.0)[0]
+
+def first_prediction(model):
+    return writing(model)[1][0][2]
+
+def network_calls(model):
+    return writing(model)[1][-1][3]['nfe']
+
+def first_layer_runs(model):
+    """ in a step of training, forward and backward """
+    runs = []
+    model.transformer.h[0].attn.c_attn.register_forward_hook(lambda *_: runs.append(1))
+    gradient(model)
+    return len(runs)
+
+def flex_masks(model):
+    """ how many masks are made for FlexAttention """
+    with mock.patch.object(flex_attention, 'create_block_mask', side_effect=flex_attention.create_block_mask) as spy:
+        bound(model)
+    return spy.call_count
+
+def called(model):
+    return model.loss_name, model.measured
+
+def alike(a, b):
+    if torch.is_tensor(a):
+        return a.shape == b.shape and (torch.allclose(a, b, atol=1e-5) if a.is_floating_point() else torch.equal(a, b))
+    if isinstance(a, (list, tuple)) and a and torch.is_tensor(a[0]):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b
+
+# ---- every setting does something, and nothing else
+
+HIERARCHY = dict(attention='hierarchical', segments='2,2,4')
+PUBLISHED = dict(df_objective='pred_noise')
+EIGHT = dict(df_timesteps=16, df_sampling_timesteps=8)
+# field, objective, other settings, two values of the field, what they make different, what they leave as it is
+SETTINGS = [
+    ('block_size', 'ar', {}, 8, 10, longest, logits),
+    ('block_size', 'mdlm', dict(pos='learned'), 8, 10, longest, logits),
+    ('block_size', 'df', {}, 8, 10, longest, shapes),
+    ('vocab_size', 'ar', {}, 9, 12, shapes, text_logits),
+    ('vocab_size', 'mdlm', {}, 9, 12, embedding_shape, text_logits),
+    ('text_size', 'ar', {}, 5, 7, possible, text_logits),
+    ('text_size', 'mdlm', {}, 5, 7, possible, text_logits),
+    ('text_size', 'bd3lm', {}, 5, None, possible, text_logits),
+    ('text_size', 'df', {}, 5, 7, possible, shapes),
+    ('text_size', 'df', PUBLISHED, 5, 7, possible, text_logits),
+    ('begin_id', 'ar', {}, None, 5, scored, logits),
+    ('begin_id', 'ar', {}, 5, 6, bound, logits),
+    ('begin_id', 'ar', {}, 5, 6, loss, logits),
+    ('begin_id', 'mdlm', dict(ar_weight=1.0), 5, 6, loss, bound),
+    ('begin_id', 'bd3lm', {}, 5, 6, bound, scored),
+    ('begin_id', 'bd3lm', {}, 5, 6, loss, levels),
+    ('begin_id', 'bd3lm', {}, 5, 6, logits, shapes),
+    ('begin_id', 'bd3lm', {}, 5, 6, first_prediction, network_calls),
+    ('begin_id', 'df', {}, 5, 6, bound, scored),
+    ('n_layer', 'ar', {}, 1, 2, layer_names, embedding_shape),
+    ('n_head', 'ar', dict(qk_norm=False), 1, 2, logits, shapes),
+    ('n_embd', 'ar', {}, 16, 32, shapes, names),
+    ('dropout', 'ar', {}, 0.0, 0.5, loss, logits),
+    ('dropout', 'denoise', {}, 0.0, 0.5, loss, logits),
+    ('dropout', 'mdlm', {}, 0.0, 0.5, loss, bound),
+    ('dropout', 'bd3lm', {}, 0.0, 0.5, loss, bound),
+    ('dropout', 'df', {}, 0.0, 0.5, loss, bound),
+    ('bias', 'ar', {}, False, True, logits, names_of_matrices),
+    ('bias', 'df', {}, False, True, names, names_of_matrices),
+    ('pos', 'ar', {}, 'rope', 'learned', names, layer_names),
+    ('pos', 'ar', {}, 'rope', 'learned', logits, scored),
+    ('pos', 'df', {}, 'rope', 'learned', logits, layer_names),
+    ('pos', 'df', PUBLISHED, 'rope', 'learned', logits, layer_names),
+    ('norm', 'ar', {}, 'layernorm', 'rmsnorm', logits, shapes),
+    ('mlp', 'ar', {}, 'swiglu', 'gelu', shapes, names),
+    ('mlp', 'ar', {}, 'gelu', 'gelu_tanh', logits, shapes),
+    ('qk_norm', 'ar', {}, True, False, logits, names_of_matrices),
+    ('tie_weights', 'ar', {}, False, True, names, layer_names),
+    ('init', 'ar', {}, 'zero', 'gpt2', first_weights, logits),
+    ('attention', 'denoise', {}, 'full', 'causal', logits, shapes),
+    ('attention', 'mdlm', {}, 'full', 'causal', logits, levels),
+    ('attention', 'mdlm', dict(segments='2,2,4'), 'full', 'hierarchical', scored, shapes),
+    ('attention', 'df', {}, 'causal', 'full', logits, shapes),
+    ('diffusion_block_size', 'bd3lm', {}, 2, 4, logits, shapes),
+    ('diffusion_block_size', 'bd3lm', {}, 2, 4, levels, shapes),
+    ('diffusion_block_size', 'mdlm', dict(attention='block'), 2, 4, logits, levels),
+    ('segments', 'mdlm', HIERARCHY, '2,2,4', '2,4,2', logits, scored),
+    ('segments', 'bd3lm', HIERARCHY, '2,2,4', '4,2,2', scored, shapes),
+    ('segments', 'ar', {}, '2,2,4', '2,6', written_after_stops, logits),
+    ('causal_within_block', 'mdlm', HIERARCHY, False, True, logits, columns(0, 2)),
+    ('causal_within_block', 'bd3lm', HIERARCHY, False, True, logits, columns(0, 2)),
+    ('mask_id', 'mdlm', {}, 6, 7, loss, logits),
+    ('mask_id', 'bd3lm', {}, 6, 7, bound, logits),
+    ('mask_id', 'denoise', {}, 6, 7, first_prediction, loss),
+    ('t_min', 'mdlm', {}, 0.0, 0.3, levels, bound),
+    ('t_max', 'bd3lm', {}, 1.0, 0.8, levels, bound),
+    ('t_dist', 'mdlm', {}, 'uniform', 'bell', levels, bound),
+    ('single_ratio_per_sequence', 'mdlm', {}, True, False, levels_per_row, bound),
+    ('clean_causal', 'bd3lm', {}, False, True, logits, levels),
+    ('ar_weight', 'mdlm', {}, 0.0, 1.0, loss, bound),
+    ('ar_weight', 'mdlm', {}, 0.5, 1.0, loss, bound),
+    ('ar_weight', 'bd3lm', dict(clean_causal=True), 0.0, 1.0, loss, bound),
+    ('attn_backend', 'bd3lm', dict(n_embd=32), 'sdpa', 'flex', flex_masks, bound),
+    ('attn_backend', 'bd3lm', dict(n_embd=32), 'auto', 'flex', flex_masks, bound), # auto is sdpa on a CPU
+    ('grad_checkpointing', 'ar', {}, False, True, first_layer_runs, gradient),
+    ('grad_checkpointing', 'bd3lm', {}, False, True, first_layer_runs, gradient),
+    ('df_timesteps', 'df', dict(df_sampling_timesteps=8), 8, 32, loss, shapes),
+    ('df_sampling_timesteps', 'df', {}, 8, 32, network_calls, loss),
+    ('df_objective', 'df', PUBLISHED, 'pred_noise', 'pred_v', loss, shapes),
+    ('df_objective', 'df', {}, 'pred_token', 'pred_x0', called, embedding_shape),
+    ('df_embed_norm', 'df', {}, 4.0, 2.0, logits, shapes),
+    ('df_clean_share', 'df', {}, 0.0, 1.0, loss, bound),
+    ('df_clean_share', 'df', {}, 0.0, 0.3, loss, bound),
+    ('df_sampler', 'df', EIGHT, 'mixture', 'ddim', written, loss),
+    ('df_sampler', 'df', PUBLISHED, 'ddpm', 'ddim', written, loss),
+    ('df_beta_schedule', 'df', {}, 'cosine', 'sigmoid', loss, shapes),
+    ('df_loss_weight', 'df', PUBLISHED, 'fused', 'min_snr', loss, written),
+    ('df_loss_weight', 'df', PUBLISHED, 'fused', 'uniform', loss, written),
+    ('df_snr_clip', 'df', PUBLISHED, 5.0, 2.0, loss, written),
+    ('df_cum_snr_decay', 'df', PUBLISHED, 0.95, 0.5, loss, written),
+    ('df_clip_noise', 'df', dict(df_objective='pred_x0'), 5.0, 0.5, loss, bound),
+    ('df_clip_noise', 'df', PUBLISHED, 5.0, 0.5, bound, shapes),
+    ('df_ddim_eta', 'df', dict(PUBLISHED, **EIGHT), 0.0, 1.0, written_embeddings, loss),
+    ('df_stabilization_level', 'df', {}, 1, 25, bound, shapes),
+    ('df_stabilization_level', 'df', PUBLISHED, 1, 9, written, loss),
+    ('df_scheduling_matrix', 'df', {}, 'pyramid', 'full_sequence', network_calls, loss),
+    ('df_uncertainty_scale', 'df', {}, 1.0, 2.0, network_calls, loss),
+    ('df_chunk_size', 'df', {}, None, 1, network_calls, loss),
+    ('df_chunk_size', 'df', {}, None, 0, network_calls, loss),
+    ('df_x0_wpe', 'df', dict(PUBLISHED, pos='learned'), False, True, loss, shapes),
+    ('df_level_embed', 'df', PUBLISHED, 'add', 'concat', names, layer_names),
+]
+
+def test_no_setting_is_left_out():
+    """ a new field of GPTConfig needs a row: what it changes, and what it does not """
+    assert {field.name for field in dataclasses.fields(GPTConfig)} == {row[0] for row in SETTINGS}
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@pytest.mark.parametrize('field, objective, others, a, b, differs, same', SETTINGS,
+                         ids=['-'.join((row[0], row[1], row[5].__name__)) for row in SETTINGS])
+def test_a_setting_changes_what_it_should_and_nothing_else(field, objective, others, a, b, differs, same):
+    see = lambda observe, value: observe(make(objective, **{**others, field: value}))
+    assert alike(see(differs, a), see(differs, a)) # what is drawn is the same each time
+    assert not alike(see(differs, a), see(differs, b))
+    assert alike(see(same, a), see(same, b))
+
+# ---- dropout
+
+DROPOUT = [ # objective, settings, passes through the trunk in a step of training
+    ('ar', {}, 1), ('ar', dict(pos='learned', mlp='gelu', norm='rmsnorm', bias=True), 1),
+    ('denoise', dict(attention='causal'), 1), ('mdlm', {}, 1), ('mdlm', HIERARCHY, 1),
+    ('mdlm', dict(attention='block', diffusion_block_size=3), 1), ('mdlm', dict(ar_weight=1.0), 2),
+    ('bd3lm', {}, 1), ('bd3lm', dict(begin_id=None, diffusion_block_size=8), 1), ('bd3lm', HIERARCHY, 1),
+    ('bd3lm', dict(clean_causal=True, ar_weight=1.0, pos='learned'), 1),
+    ('df', {}, 1), ('df', dict(attention='full', pos='learned'), 1), ('df', dict(PUBLISHED, pos='learned'), 1),
+    ('df', dict(PUBLISHED, df_level_embed='concat'), 1),
+]
+every_dropout = pytest.mark.parametrize('objective, settings, passes', DROPOUT, ids=label)
+
+@every_dropout
+def test_dropout_acts_in_every_place_of_training(objective, settings, passes, monkeypatch):
+    """
+    Once on the embeddings, twice per layer on what the layer adds, and in every call of attention. Each of these
+    calls matters: the loss changes when it drops everything and the others nothing. When none drops anything, the
+    loss is that of evaluation.
+    """
+    model, weights, places, wiped = make(objective, dropout=0.3, **settings), [], [], None
+    attention = F.scaled_dot_product_attention
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0, **more):
+        weights.append(dropout_p)
+        return attention(q, k, v, attn_mask=attn_mask, **more)
+    def dropout(x, p=0.5, training=True, inplace=False):
+        places.append(p if training else 0.0)
+        return x * (len(places) != wiped)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', attend)
+    monkeypatch.setattr(F, 'dropout', dropout)
+    whole, n = loss(model), passes * (1 + 2 * 2)
+    assert set(weights) == {0.3} and places == [0.3] * n
+    for wiped in range(1, n + 1):
+        places.clear()
+        assert not alike(loss(model), whole)
+    weights.clear()
+    places.clear()
+    assert alike(loss(model, training=False), whole) and not any(weights + places)
+
+@every_dropout
+def test_evaluation_drops_nothing(objective, settings, passes):
+    """ and so repeats itself: loss, bound, predictions, writing; two steps of training do not """
+    model, plain = make(objective, dropout=0.3, **settings), make(objective, **settings)
+    assert alike(loss(model, training=False), loss(plain, training=False)) and not alike(loss(model), loss(plain))
+    for observe in logits, written, *([bound] if model.bound_name else []):
+        assert alike(observe(model.eval()), observe(plain.eval()))
+
+# ---- the network
+
+SWITCHES = [
+    {}, dict(norm='rmsnorm'), dict(bias=True, mlp='gelu_tanh', pos='learned', qk_norm=False, tie_weights=True),
+    dict(norm='rmsnorm', bias=True, mlp='gelu'), dict(pos='learned', mlp='gelu_tanh', norm='rmsnorm'),
+    dict(begin_id=None, qk_norm=False),
+]
+every_switch = pytest.mark.parametrize('switches', SWITCHES, ids=label)
+
+def turned(x):
+    """ rotary positions of x (B, H, T, D) by complex numbers: dimensions i and i + D/2 are a pair """
+    half = x.size(-1) // 2
+    angle = torch.arange(x.size(-2))[:, None] / 10000 ** (torch.arange(half) / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), -1)
+
+def written_out(model, idx):
+    """ logits of idx (B, T), from the parameters and the config alone """
+    c, w, (B, T) = model.config, model.state_dict(), idx.shape
+    def norm(x, name, kind=c.norm):
+        x = x if kind == 'rmsnorm' else x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[name + '.weight'] + w.get(name + '.bias', 0)
+    def linear(x, name):
+        return x @ w[name + '.weight'].T + w.get(name + '.bias', 0)
+    x = w['transformer.wte.weight'][idx] + (w['transformer.wpe.weight'][:T] if c.pos == 'learned' else 0)
+    for i in range(c.n_layer):
+        h = f'transformer.h.{i}.'
+        qkv = linear(norm(x, h + 'ln_1'), h + 'attn.c_attn').view(B, T, 3, c.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k = (norm(each, h + 'attn.qk_norm', 'layernorm') if c.qk_norm else each for each in qkv[:2])
+        q, k = (turned(each) if c.pos == 'rope' else each for each in (q, k))
+        att = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
+        att = att.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
+        x = x + linear((att @ qkv[2]).transpose(1, 2).reshape(B, T, -1), h + 'attn.c_proj')
+        up = linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')
+        if c.mlp == 'swiglu':
+            up, gate = up.chunk(2, -1)
+            up = up * gate * gate.sigmoid()
+        else: # https://arxiv.org/abs/1606.08415, and its approximation
+            inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up ** 3)
+            up = up * (1 + (inner.tanh() if c.mlp == 'gelu_tanh' else (up / math.sqrt(2)).erf())) / 2
+        x = x + linear(up, h + 'mlp.c_proj')
+    head = w['transformer.wte.weight' if c.tie_weights else 'lm_head.weight']
+    found = norm(x, 'transformer.ln_f') @ head.T
+    found[..., c.text_size:] = -math.inf
+    return found
+
+@every_switch
+@torch.no_grad()
+def test_the_network_is_its_formulas(switches):
+    """ every switch, with gains and biases of their own """
+    model = make('ar', **switches)
+    assert torch.allclose(model(TEXT)[0], written_out(model, TEXT), atol=2e-5)
+
+@every_switch
+@torch.no_grad()
+def test_writing_uses_the_same_network(switches):
+    """ what a cached pass computes without the modules, gains and biases included: the distributions of every call """
+    model = make('ar', **switches)
+    begin = torch.full((3, int(model.config.begin_id is not None)), 5)
+    out, calls = writing(model)
+    for n, (step, idx, probs, state) in enumerate(calls, 2):
+        expected = model(torch.cat((begin, out[:, :n]), 1))[0][:, -1]
+        assert torch.allclose(probs, expected.softmax(-1), atol=1e-5)
+    for objective, more in ('mdlm', {}), ('mdlm', HIERARCHY), ('bd3lm', {}), ('bd3lm', dict(clean_causal=True)):
+        model = make(objective, **{**switches, **more})
+        before = F.pad(TEXT[:, :2], (0, 6), value=-1)
+        for n, (step, idx, probs, state) in enumerate(writing(model, order='left_to_right')[1], 2):
+            text = before.masked_fill(before == -1, 7)
+            assert torch.allclose(probs, model.logits(model.denoise(text, text))[:, n].softmax(-1), atol=1e-5)
+            before = idx
+
+INITS = [
+    ('ar', {}), ('ar', dict(tie_weights=True)), ('mdlm', dict(bias=True, norm='rmsnorm')),
+    ('df', {}), ('df', dict(PUBLISHED, df_level_embed='concat', bias=True)),
+    ('ar', dict(init='gpt2', bias=True, pos='learned')), ('ar', dict(init='gpt2', tie_weights=True)),
+    ('bd3lm', dict(init='gpt2')),
+]
+
+@pytest.mark.parametrize('objective, settings', INITS, ids=label)
+def test_first_weights(objective, settings):
+    """ gains 1, biases 0, matrices 0.02 wide; what a layer adds and an untied head start at 0, or as in GPT-2 """
+    model = make(objective, n_embd=64, vocab_size=64, n_layer=8, **settings)
+    small = 0.0 if model.config.init == 'zero' else 0.02 / math.sqrt(2 * 8)
+    for name, p in zip(names(model), first_weights(model)):
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith('bias') else 1)).all()
+            continue
+        head = 0.0 if model.config.init == 'zero' or name.startswith('df_') else 0.02
+        expected = small if name.endswith('c_proj.weight') else head if 'head' in name else 0.02
+        assert abs(p.std().item() - expected) <= 0.15 * expected, name
+        assert expected or not p.any()
+
+def test_a_text_and_a_begin_id_fit_together():
+    assert longest(make('ar')) == longest(make('ar', pos='learned')) == 9
+    assert longest(make('ar', begin_id=None)) == longest(make('mdlm')) == 8
+
+@torch.no_grad()
+def test_a_norm_without_means_keeps_them():
+    """ adding a constant to all of a token changes nothing for layernorm, and does for rmsnorm """
+    x = torch.randn(2, 6, 16)
+    for norm in 'layernorm', 'rmsnorm':
+        ln_f = make('ar', norm=norm).transformer.ln_f
+        assert torch.allclose(ln_f(x), ln_f(x + 3), atol=1e-4) == (norm == 'layernorm')
+
+@torch.no_grad()
+def test_whole_segments_are_never_cut_in_one_stream():
+    """ mdlm hides a segment of a hierarchy at one level, whatever diffusion_block_size is """
+    whole, cut = (make('mdlm', **HIERARCHY, diffusion_block_size=n) for n in (None, 1))
+    assert alike(levels(whole), levels(cut)) and alike(logits(whole), logits(cut)) and alike(bound(whole), bound(cut))
+    assert [len(part.unique()) for part in levels(cut)[0].split((2, 2, 4))] == [1, 1, 1]
+
+# ---- distributions
+
+def by_hand(row, temperature, top_k, top_p):
+    """ probabilities of logits (V,): first the temperature, then the k likeliest, then the fewest that reach p """
+    p = (row / temperature).softmax(-1)
+    if top_k is not None:
+        p = torch.where(p >= sorted(p.tolist())[-min(top_k, len(p))], p, 0.0)
+        p = p / p.sum()
+    if top_p is not None:
+        kept, mass = torch.zeros_like(p), 0.0
+        for i in p.argsort(descending=True).tolist():
+            if mass < top_p:
+                kept[i] = p[i]
+            mass += p[i].item()
+        p = kept / kept.sum()
+    return p
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
+@pytest.mark.parametrize('top_k', [None, 1, 3, 9])
+@pytest.mark.parametrize('top_p', [None, 0.2, 0.7, 0.95])
+def test_temperature_then_top_k_then_top_p(temperature, top_k, top_p):
+    rows = 2 * torch.randn(5, 4, 9, generator=torch.Generator().manual_seed(0))
+    found = token_probs(rows, temperature, top_k, top_p)
+    for row, p in zip(rows.flatten(0, 1), found.flatten(0, 1)):
+        assert torch.allclose(p, by_hand(row, temperature, top_k, top_p), atol=1e-6)
+
+def test_equal_tokens_and_probabilities_that_are_exactly_reached():
+    four = torch.zeros(4)
+    assert (token_probs(four, top_p=0.5) > 0).sum() == 2 # two of them reach it, a third is beyond
+    tied = token_probs(torch.tensor([1.0, 1.0, 1.0, 0.0]), top_k=2) > 0
+    assert tied.tolist() == [True, True, True, False] # no token is left out because of its id
+    assert token_probs(four, top_k=4, top_p=1.0).tolist() == [0.25] * 4
+
+def test_distributions_are_float32_whatever_the_logits_are():
+    rows = torch.randn(2, 9)
+    for options in {}, dict(temperature=0), dict(temperature=0.7, top_k=4, top_p=0.9):
+        for dtype in torch.bfloat16, torch.float16, torch.double:
+            found = token_probs(rows.to(dtype), **options)
+            assert found.dtype == torch.float32 and torch.allclose(found.sum(-1), torch.ones(2), atol=1e-6)
+
+# ---- writing
+
+def opinion(model, *distribution):
+    """ the same distribution over the first ids everywhere, whatever is read """
+    everywhere = torch.tensor([*distribution, *[0.0] * (model.config.vocab_size - len(distribution))]).log()
+    model.logits = lambda x: everywhere.expand(*x.shape[:-1], -1)
+    return model
+
+def tokens_per_call(model, **options):
+    left = [8] + [int((idx[0] == -1).sum()) for _, idx, *_ in writing(model, TEXT[:1, :0], **options)[1]]
+    return [a - b for a, b in zip(left, left[1:])]
+
+def test_a_bound_is_exceeded_or_kept_and_has_a_default():
+    """ a probability must exceed its threshold, entropies may reach their budget; by default 0.9 and 0.1 nats """
+    calls = lambda distribution, **options: tokens_per_call(opinion(make('mdlm'), *distribution), **options)
+    assert calls((0.5, 0.5), sampler='threshold', confidence_threshold=0.5) == [1] * 8
+    assert calls((0.5, 0.5), sampler='threshold', confidence_threshold=0.49) == [8]
+    assert calls((0.89, 0.11), sampler='threshold') == [1] * 8 and calls((0.91, 0.09), sampler='threshold') == [8]
+    h = -0.992 * math.log(0.992) - 0.008 * math.log(0.008) # 0.047 nats, and one of three is free
+    assert 2 * h < 0.1 < 3 * h and calls((0.992, 0.008), sampler='entropy_bound') == [3, 3, 2]
+    assert calls((1.0,), sampler='entropy_bound', entropy_budget=0.0) == [8] # what is certain costs nothing
+
+@pytest.mark.parametrize('n', [22, 23, 29, 37])
+def test_as_many_fixed_steps_as_tokens_reveal_one_each(n):
+    """ also where n * (i / n) is a little less than i in floating point """
+    out, calls = writing(opinion(make('mdlm', block_size=n), 0.5, 0.5), TEXT[:1, :0], sampler='fixed', steps=n)
+    assert [len(probs) for _, _, probs, _ in calls] == [1] * n
+
+def test_the_largest_entropy_is_free_wherever_it_comes():
+    """ entropies 0.1, 1.5, 0.2 in the order of positions: their sum less the largest is 0.3, not less the first """
+    def binary(nats): # the distribution of two tokens, or of five for more nats, that has this entropy
+        low, high = 0.5 if nats < 0.69 else 0.2, 1.0
+        entropy = lambda p: -sum(q * math.log(q) for q in ([p, 1 - p] if nats < 0.69 else [p] + [(1 - p) / 4] * 4) if q)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if entropy(middle) > nats else (low, middle)
+        return [low, 1 - low, 0, 0, 0] if nats < 0.69 else [low] + [(1 - low) / 4] * 4
+    table = torch.tensor([binary(nats) + [0.0] * 4 for nats in (0.1, 1.5, 0.2, 0.6, 0.6, 0.6, 0.6, 0.6)]).log()
+    for budget, n in (0.05, 1), (0.11, 2), (0.29, 2), (0.31, 3), (0.89, 3), (0.91, 4):
+        model = make('mdlm')
+        model.one_stream = lambda xt, ids, only: only[:, None] % 8
+        model.logits = lambda x: table[x[:, 0]]
+        assert tokens_per_call(model, sampler='entropy_bound', order='left_to_right', entropy_budget=budget)[0] == n
+
+@pytest.mark.parametrize('remask', [0.4, 0.6, 0.84, 0.99])
+def test_how_many_are_hidden_again(remask):
+    """ that share of what a block has written, rounded down, exactly: 0.84 of 75 is 63; given tokens do not count """
+    for given, steps in (0, 2), (50, 2), (4, 7):
+        model = opinion(make('mdlm', block_size=150 + given), 0.4, 0.3, 0.2, 0.1)
+        prompt = torch.zeros(1, given, dtype=torch.long)
+        model.one_stream = lambda xt, ids, only: torch.zeros(len(only), 1)
+        out, calls = writing(model, prompt, sampler='fixed', steps=steps, remask=remask)
+        for i, (_, idx, *_) in enumerate(calls[:-1], 1):
+            stood = 150 * i // steps # after the call, before any of it is hidden again
+            assert 150 - (idx == -1).sum() == stood - int(round(remask * 100) * stood // 100)
+
+def test_hidden_again_is_what_the_model_believes_least():
+    """ its own probability of what was drawn, before the temperature, which makes everything certain """
+    sure = (0.5, 0.9, 0.3, 0.8, 0.7, 0.4, 0.95, 0.6) # the largest probability at each position
+    table = torch.tensor([[p, *[(1 - p) / 4] * 4, *[0.0] * 4] for p in sure]).log()
+    model = make('mdlm')
+    model.one_stream, model.logits = lambda xt, ids, only: only[:, None] % 8, lambda x: table[x[:, 0]]
+    options = dict(sampler='fixed', steps=8, order='left_to_right', remask=0.5, temperature=0)
+    out, calls = writing(model, TEXT[:1, :0], **options)
+    before = torch.full((8,), -1)
+    for step, idx, probs, state in calls[:-1]:
+        now = set((before != -1).nonzero()[:, 0].tolist())
+        hidden = [i for i in range(8) if i not in now][:step - len(now)] # revealed in this call
+        stood = sorted(now | set(hidden), key=lambda i: sure[i])
+        assert (idx[0] != -1).nonzero()[:, 0].tolist() == sorted(stood[len(stood) // 2:])
+        before = idx[0]
+
+FEW = dict(df_timesteps=8, df_sampling_timesteps=8)
+KINDS = [('ar', {}), ('denoise', {}), ('mdlm', {}), ('mdlm', HIERARCHY), ('bd3lm', {}),
+         ('df', FEW), ('df', dict(PUBLISHED, **FEW)), ('df', dict(FEW, df_scheduling_matrix='trapezoid'))]
+
+@pytest.mark.parametrize('objective, settings', KINDS, ids=label)
+def test_every_call_says_how_far_it_is(objective, settings):
+    """ steps count from 1, done columns do not change any more, total is the length of the text and done in the end """
+    for prompt in TEXT[:, :2], torch.tensor([[1, 2, 3], [4, -1, -1], [0, 2, -1]]):
+        out, calls = writing(make(objective, **settings), prompt)
+        done = [state['done'] for *_, state in calls]
+        assert [step for step, *_ in calls] == list(range(1, len(calls) + 1)) and done == sorted(done) and done[-1] == 8
+        for step, idx, probs, state in calls:
+            assert state['total'] == 8 and torch.equal(idx[:, :state['done']], out[:, :state['done']])
+            assert torch.allclose(probs.sum(-1), torch.ones(len(probs)), atol=1e-5)
+            assert state['done'] == (idx != -1).all(0).long().cumprod(0).sum()
+
+@pytest.mark.parametrize('objective, settings', KINDS, ids=label)
+def test_what_shapes_a_distribution_shapes_what_is_written(objective, settings):
+    """ hot: all ids alike; of hot ones the likeliest alone, by top_k or by top_p: the same as at temperature 0 """
+    model, prompt, hot = make(objective, **settings), TEXT[:1, :2].repeat(16, 1), dict(temperature=1e3)
+    if model.loss_name == 'mse': # distances to embeddings are large
+        hot = dict(temperature=1e6)
+    greedy = writing(model, prompt, temperature=0)[0]
+    for alone in dict(top_k=1), dict(top_p=1e-6):
+        assert torch.equal(writing(model, prompt, **hot, **alone)[0], greedy)
+    out, calls = writing(model, prompt, **hot)
+    assert out[:, 2:].unique().tolist() == [0, 1, 2, 3, 4] and not torch.equal(out, greedy)
+    if model.loss_name == 'mse' or objective != 'df': # pred_token's distributions are those after the noise was seen
+        assert all(((probs[:, :5] - 0.2).abs() < 0.02).all() for *_, probs, _ in calls)
+    two = writing(model, prompt, top_k=2, **hot)[1]
+    assert all(((probs > 0).sum(-1) <= 2).all() for *_, probs, _ in two)
+
+# ---- masked diffusion
+
+def test_samples_of_a_bound_are_independent_between_blocks_and_rows():
+    """ how many tokens of a block are hidden is stratified over samples, each block and row in its own order """
+    model, hidden = make('bd3lm'), []
+    denoise, count = model.denoise, lambda xt: hidden.append((xt == 7).unflatten(1, (2, 4)).sum(2))
+    model.denoise = lambda xt, *args, **more: count(xt) or denoise(xt, *args, **more)
+    torch.manual_seed(0)
+    model.nll_bound(TEXT.repeat(8, 1), TEXT.repeat(8, 1), 4)
+    counts = torch.stack(hidden) # (samples, rows, blocks)
+    assert (counts.sort(0).values == torch.arange(1, 5)[:, None, None]).all()
+    assert not torch.equal(counts[..., 0], counts[..., 1]) and not (counts == counts[:, :1]).all()
+
+@pytest.mark.parametrize('objective, settings', [('mdlm', {}), ('mdlm', HIERARCHY), ('bd3lm', {})], ids=label)
+def test_accuracy_is_of_hidden_tokens_that_are_scored(objective, settings):
+    """ of a model that knows what it sees and guesses 0 for [MASK]; what is not scored is not hidden """
+    model, texts, targets = make(objective, **settings), TEXT.repeat(200, 1), TEXT.repeat(200, 1)
+    targets[:, 3] = -1
+    model.denoise = lambda xt, x0, block_ids=None, only=None: xt
+    shown = []
+    model.logits = lambda xt: shown.append(xt) or F.one_hot(xt.masked_fill(xt == 7, 0), 9).float()
+    found = model.metrics(texts, targets)
+    for xt, share in zip(shown, found.values()):
+        assert (xt[:, 3] == texts[:, 3]).all() and (not settings or (xt[:, :2] == texts[:, :2]).all())
+        assert abs(share - (texts[xt == 7] == 0).float().mean().item()) < 1e-6
+
+def test_denoise_counts_what_it_was_asked_for():
+    """ loss and accuracy are means over scored tokens, whatever stands elsewhere; of none the loss is 0 and not NaN """
+    model, rows = make('denoise'), batch(make('denoise'))
+    asked, found = rows['targets'] != -1, model(rows['idx'])[0]
+    right = found.argmax(-1) == rows['targets']
+    assert abs(model.metrics(**rows)['accuracy'] - right[asked].float().mean().item()) < 1e-6
+    expected = F.cross_entropy(found[asked], rows['targets'][asked])
+    assert torch.allclose(model(**rows)[1], expected)
+    assert model(rows['idx'], torch.full_like(TEXT, -1))[1] == 0
+
+@pytest.mark.parametrize('settings', [{}, dict(begin_id=None), dict(diffusion_block_size=3), dict(clean_causal=True)],
+                         ids=label)
+@torch.no_grad()
+def test_without_targets_every_block_is_read_given_the_clean_ones_before_it(settings):
+    """ each block in one stream of its own, which sees all of itself: begin, then clean text, then the block """
+    model, lead = make('bd3lm', **settings), int(settings.get('begin_id', 5) is not None)
+    ids = block_ids('block', 8, model.config.diffusion_block_size)
+    for b in range(int(ids[-1]) + 1):
+        n = int((ids <= b).sum()) + lead
+        rows = F.pad(TEXT, (lead, 0), value=5)[:, :n]
+        block, noisy, pos = F.pad(ids + lead, (lead, 0))[:n], F.pad(ids == b, (lead, 0))[:n], torch.arange(n)
+        states = model.trunk(model.embed(rows, pos), pos, dense_mask(block, noisy, model.config.clean_causal))
+        assert torch.allclose(text_logits(model)[:, ids == b], model.logits(states[:, noisy])[..., :5], atol=1e-5)
+
+MASKED = [('mdlm', {}), ('mdlm', HIERARCHY), ('bd3lm', {}), ('bd3lm', dict(diffusion_block_size=3))]
+
+@pytest.mark.parametrize('objective, settings', MASKED, ids=label)
+def test_a_loss_is_the_hidden_tokens_over_the_scored_ones(objective, settings):
+    """ cross-entropy over t of what is hidden, by the definition, for rows of which some tokens are not scored """
+    model, targets = make(objective, **settings), TEXT.clone()
+    targets[0, 5:], targets[2, 3] = -1, -1
+    torch.manual_seed(0)
+    found = model(TEXT, targets)[1]
+    torch.manual_seed(0)
+    xt, masked, t = model.corrupt(TEXT, targets)
+    states = model.two_stream(xt, TEXT) if objective == 'bd3lm' else model.one_stream(xt)
+    ce = F.cross_entropy(model.logits(states).flatten(0, 1), TEXT.flatten(), reduction='none').view(3, 8)
+    asked = (targets != -1) & (torch.arange(8) >= (2 if settings == HIERARCHY else 0))
+    assert not masked[~asked].any() and torch.allclose(found, (ce * masked / t).sum() / asked.sum(), rtol=1e-4)
+
+def test_all_hidden_tokens_are_in_the_loss_of_a_large_batch():
+    """ the number of rows is fixed beforehand; levels of blocks of unequal length vary most """
+    per_token, uneven = dict(single_ratio_per_sequence=False), dict(attention='hierarchical', segments='1,1,6')
+    for objective, settings in *MASKED, ('mdlm', per_token), ('bd3lm', uneven):
+        model, rows = make(objective, **settings), TEXT[:1]
+        torch.manual_seed(0)
+        for _ in range(400):
+            _, masked, _ = model.corrupt(rows, rows)
+            assert set(masked.flatten().nonzero()[:, 0].tolist()) <= set(model.rows(masked).tolist())
+
+# ---- optimizers and cost
+
+@pytest.mark.parametrize('objective, settings', [
+    ('ar', {}), ('ar', dict(tie_weights=True)), ('ar', dict(bias=True, pos='learned')), ('denoise', {}), ('mdlm', {}),
+    ('bd3lm', dict(tie_weights=True, norm='rmsnorm')),
+    ('df', dict(bias=True)), ('df', dict(PUBLISHED, df_level_embed='concat', bias=True)),
+], ids=label)
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_which_optimizer_has_which_parameter(objective, settings, kind):
+    """ Muon: the matrices of the layers; AdamW: the rest, decay on all that has two dimensions and on nothing else """
+    model = make(objective, **settings)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    given = dict(learning_rate=3e-4, muon_learning_rate=0.05, weight_decay=0.3, betas=(0.7, 0.8))
+    adamw, *muon = model.configure_optimizers(kind, **given)
+    assert type(adamw) is torch.optim.AdamW and [type(m) for m in muon] == [torch.optim.Muon] * (kind == 'muon')
+    def held(optimizer, decay):
+        return {name_of[id(p)] for g in optimizer.param_groups for p in g['params'] if g['weight_decay'] == decay}
+    inner = {name for name in names_of_matrices(model) if name.startswith('transformer.h.')} if muon else set()
+    flat = {name for name, p in model.named_parameters() if p.dim() == 1}
+    assert held(adamw, 0.3) == set(name_of.values()) - flat - inner and held(adamw, 0.0) == flat
+    assert all(g['lr'] == 3e-4 and tuple(g['betas']) == (0.7, 0.8) for g in adamw.param_groups)
+    for optimizer in muon:
+        assert held(optimizer, 0.3) == inner and all(g['lr'] == 0.05 for g in optimizer.param_groups)
+    assert sum(len(g['params']) for o in (adamw, *muon) for g in o.param_groups) == len(name_of) # each of them once
+
+def test_optimizers_by_default():
+    adamw, muon = make('ar').configure_optimizers('muon')
+    assert all(g['lr'] == 1e-3 and tuple(g['betas']) == (0.9, 0.95) for g in adamw.param_groups)
+    assert [g['weight_decay'] for g in adamw.param_groups + muon.param_groups] == [0.1, 0.0, 0.1]
+    assert muon.param_groups[0]['lr'] == 0.02
+
+def test_the_first_adamw_step_is_its_formula():
+    """ rate times sign of the gradient, and decay of the weight itself where it has two dimensions """
+    model = make('ar', bias=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, = model.configure_optimizers('adamw', learning_rate=0.01, weight_decay=0.5, betas=(0.5, 0.5))
+    gradient(model)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = p.grad.abs() > 1e-5 # where epsilon does not matter
+        expected = before[name] * (1 - 0.01 * 0.5 * (p.dim() == 2)) - 0.01 * p.grad.sign()
+        assert torch.allclose(p[moved], expected[moved], atol=1e-4), name
+
+@pytest.mark.parametrize('pos', ['rope', 'learned'])
+@pytest.mark.parametrize('tied', [False, True])
+def test_flops_leave_out_what_is_only_looked_up(pos, tied):
+    """ 6 per weight that multiplies, 12 per layer, width and token of context for attention; a tied table is a head """
+    model, tables = make('ar', pos=pos, tie_weights=tied), ('transformer.wpe', *(() if tied else ('transformer.wte',)))
+    weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(tables))
+    assert model.flops_per_token() == 6 * weights + 12 * 2 * 16 * 8
+    assert model.estimate_mfu(10.0, 40.0 * model.flops_per_token()) == 0.25
+
+# ---- checkpoints and scores
+
+@pytest.mark.parametrize('objective', ['ar', 'mdlm'])
+def test_tied_weights_stay_tied(objective, tmp_path):
+    """ whichever way they are loaded: one matrix, which a step moves in both places """
+    model, path = make(objective, tie_weights=True), tmp_path / 'ckpt.pt'
+    torch.save({'format': 1, 'objective': objective, 'config': dataclasses.asdict(model.config),
+                'model': model.state_dict(), 'ema': None, 'meta': {}}, path)
+    for found in load_checkpoint(path)[0], type(model).from_pretrained(path):
+        assert found.lm_head.weight is found.transformer.wte.weight and names(found) == names(model)
+        assert alike(logits(found.eval()), logits(model)) and not found.training
+        optimizer, = found.configure_optimizers('adamw', 1e-2)
+        gradient(found)
+        optimizer.step()
+        assert torch.equal(found.lm_head.weight, found.transformer.wte.weight)
+
+def test_scores_of_what_has_no_bound():
+    """ rows count by their tokens; the sign says that it bounds nothing """
+    model = make('denoise')
+    rows = batch(model)
+    few = dict(idx=rows['idx'][:1], targets=rows['targets'][:1].clone())
+    few['targets'][0, 2:] = -1 # one token against twelve
+    found, parts = score(model, [rows, few]), [model(**each)[1].item() for each in (rows, few)]
+    assert abs(found['nats_per_token'] - (12 * parts[0] + parts[1]) / 13) < 1e-5 and found['tokens'] == 13
+    assert (found['name'], found['sign'], found['exact'], found['unit']) == ('ce', 'is no bound:', False, 'nats/token')
+    assert abs(found['perplexity'] - math.exp(found['nats_per_token'])) < 1e-9 and found['stderr_monte_carlo'] == 0
+
+def test_a_squared_error_is_in_no_nats():
+    class Error:
+        bound_name, measured = None, 'mse'
+        def __call__(self, idx, targets):
+            return None, torch.tensor(2.0)
+    found = score(Error(), [dict(idx=TEXT, targets=TEXT)])
+    assert (found['unit'], found['perplexity'], found['nats_per_token']) == ('squared error', None, 2.0)
+
+def test_scores_sample_bounds_and_not_what_is_exact():
+    for objective, n in ('ar', 1), ('mdlm', 3):
+        model = make(objective)
+        assert score(model, [batch(model)], 3)['samples_per_window'] == n
+
+def test_low_precision_is_the_one_that_was_named():
+    a = torch.randn(4, 4)
+    for name, dtype in ('float32', torch.float32), ('bfloat16', torch.bfloat16), ('float16', torch.float16):
+        device, context, said = pick_device('cpu', name)
+        with context:
+            assert (a @ a).dtype == dtype and said == name and device.type == 'cpu'
+
+# ---- diffusion forcing
+
+def published(**settings):
+    return make('df', **{**PUBLISHED, **settings})
+
+def test_the_remembered_error_is_of_scored_tokens():
+    """ however wrong a prediction of context is, which is never asked for """
+    model, targets = published(df_objective='pred_x0', df_timesteps=2, df_sampling_timesteps=2).train(), TEXT.clone()
+    targets[:, :5] = -1
+    wrong = torch.where(targets == -1, 100.0, 2.0)[..., None]
+    model.df_network = lambda x, k: model.embeddings()[TEXT] + wrong
+    for _ in range(300):
+        model(TEXT, targets)
+    assert torch.allclose(model.df_error, torch.full((2,), 4.0), rtol=1e-2)
+
+def test_with_full_attention_a_token_reads_its_own_noisy_copy():
+    """ a nearly clean one is found again, and the loss is lower; with causal attention only earlier tokens tell """
+    for attention in 'full', 'causal':
+        model = make('df', attention=attention)
+        assert torch.equal(logits(model).argmax(-1), TEXT) == (attention == 'full')
+        torch.manual_seed(0)
+        found, value = model(TEXT, TEXT)
+        assert torch.allclose(value, F.cross_entropy(found.flatten(0, 1), TEXT.flatten()))
+    blank = make('df', attention='full')
+    blank.df_head.weight.data.zero_() # nothing is expected, so only the copy itself tells
+    assert loss(blank) < 0.8 * math.log(5)
+
+@pytest.mark.parametrize('objective', ['pred_token', 'pred_x0'])
+def test_accuracy_by_level_is_of_scored_tokens(objective):
+    """ of a network that is right about the second half and wrong about the first """
+    model, targets = make('df', df_objective=objective), TEXT.clone()
+    guess = torch.where(torch.arange(8) < 4, (TEXT + 1) % 5, TEXT)
+    if objective == 'pred_token':
+        model.df_network = lambda x, k, past=None: 1e3 * F.one_hot(guess, 9).float()
+    else:
+        model.df_network = lambda x, k, past=None: model.embeddings()[guess]
+    for start, share in (0, 0.5), (2, 4 / 6), (4, 1.0):
+        targets[:, :start] = -1
+        found = {k: v for k, v in model.metrics(TEXT, targets).items() if k.startswith('accuracy')}
+        assert len(found) == 3 and all(abs(v - share) < 1e-6 for v in found.values())
+
+def test_a_share_of_rows_is_clean_on_average():
+    """ exactly, where the batch divides, and by chance where it does not """
+    for share, rows, expected in (0.5, 4, 2.0), (0.25, 2, 0.5), (0.9, 3, 2.7), (0.0, 3, 0.0), (1.0, 3, 3.0):
+        model, clean = make('df', df_clean_share=share), []
+        model.df_context = lambda x, k: clean.append((k == 0).all(1).sum().item()) or torch.zeros(*k.shape, 9)
+        torch.manual_seed(0)
+        for _ in range(400):
+            model(TEXT[:1].repeat(rows, 1), TEXT[:1].repeat(rows, 1))
+        assert abs(sum(clean) / 400 - expected) < 0.1 and max(clean) - min(clean) <= 1
+
+def test_a_chunk_is_half_of_the_context_by_default():
+    """ how many tokens each chunk begins with as pure noise; 0: all that are asked for """
+    for settings, sizes in ({}, [4, 2]), (dict(df_chunk_size=0), [6]), (dict(df_chunk_size=1), [1] * 6):
+        model, seen = published(df_scheduling_matrix='full_sequence', **FEW, **settings), []
+        network = model.df_network
+        model.df_network = lambda x, k: seen.append((k == 7).sum().item()) or network(x, k)
+        model.generate(TEXT[:1, :2], 6)
+        assert [n for n in seen if n] == sizes
