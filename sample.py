@@ -39,7 +39,7 @@ top_p: float | None = None # draw from the fewest tokens whose probabilities add
 # how denoise, mdlm, bd3lm and df write; None: not given. A sampler refuses what it has no use for
 sampler: str | None = None # first_hitting (their default, one token per network call) | ancestral | fixed | threshold | entropy_bound (several); of df: mixture | ddim | ddpm
 steps: int | None = None # ancestral, fixed: reverse steps in all, split evenly over the blocks; None: one per new token. df: noise levels that a token passes
-order: str | None = None # which hidden tokens come first, but for ancestral: random | confidence | entropy | margin | left_to_right; None: what measured best (README)
+order: str | None = None # which hidden tokens come first, but for ancestral: random | confidence | entropy | margin | left_to_right; None: what measured best (config/README.md)
 schedule: str | None = None # ancestral, fixed: linear (the default) | cosine, few tokens per step at first, many at the end
 confidence_threshold: float | None = None # threshold: take every token the model is surer of than this probability; None: 0.9
 entropy_budget: float | None = None # entropy_bound: nats of entropy that the tokens of one call may have together, less the largest; None: 0.1

@@ -1,6 +1,6 @@
 """
 Plan, then execute: word problems in two steps, generated, no network needed. Block diffusion over question, plan and execution: 7 minutes on one
-core of a CPU, 28 to 34 % of 500 test answers right in three runs (chance 7 %); ar 43 and 46 % (README has the table).
+core of a CPU, 28 to 34 % of 500 test answers right in three runs (chance 7 %); ar 43 and 46 % (config/README.md has the table).
 $ python train.py config/train_arithmetic.py
 $ python train.py config/train_arithmetic.py --skip=plan --out_dir=out-arithmetic-no-plan
 $ python train.py config/train_arithmetic.py --objective=ar --out_dir=out-arithmetic-ar

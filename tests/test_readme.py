@@ -25,7 +25,11 @@ def read(path):
 def found(*patterns):
     return sorted(path for pattern in patterns for path in glob.glob(pattern, root_dir=ROOT))
 
-README, DOCSTRINGS = read('README.md'), [ast.get_docstring(ast.parse(read(path))) for path in found('config/*.py')]
+PAGES = found('README.md', '*/README.md') # the front page, results, tools, data
+README = '\n'.join(map(read, PAGES))
+DOCSTRINGS = [ast.get_docstring(ast.parse(read(path))) for path in found('config/*.py')]
+
+PYTHON = re.findall(r'^```python\n(.*?)^```', README, re.M | re.S)
 
 # ---- what is shown
 
@@ -99,6 +103,7 @@ def clone(tmp_path_factory):
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding='utf-8')
+    (folder / 'assets').mkdir()
     short = ['--question_len=32', '--plan_len=32', '--exec_len=48']
     for name, args in (LOCAL | {'gsm8k': LOCAL['gsm8k'] + short, 'arithmetic': ['--max_records=200']}).items():
         in_process('prepare.py', name, *args, folder=folder)
@@ -192,8 +197,46 @@ def test_readme_commands_plot(clone, command):
     assert (clone / follow(clone, command).strip()).stat().st_size > 1000
 
 def test_readme_as_a_library(clone):
-    """ the lines of python that the README shows """
-    code = re.search(r'^```python\n(.*?)^```', README, re.M | re.S)[1]
+    """ the lines of python that write text and train a model of their own """
+    code = next(code for code in PYTHON if 'load_checkpoint' in code)
     with_runs(clone, code)
-    (clone / 'library.py').write_text(code)
+    (clone / 'library.py').write_text('idx = None\n' + code.replace('(idx, idx)', '(idx % 64, idx % 64)'))
     assert in_process('library.py', folder=clone).startswith('def ')
+
+def test_readme_s_loss_is_that_of_mdlm():
+    """ the seven lines, run many times, have the mean of MDLM's loss on the same weights """
+    code = next(code for code in PYTHON if 'idx.masked_fill(masked' in code)
+    torch.manual_seed(0)
+    mdlm = models.MDLM(models.GPTConfig(block_size=8, vocab_size=6, mask_id=5, text_size=5, n_layer=1, n_head=1, n_embd=8, init='gpt2'))
+    torch.nn.init.normal_(mdlm.lm_head.weight)
+    idx = torch.randint(5, (64, 8))
+    names = dict(torch=torch, F=torch.nn.functional, idx=idx, B=64, T=8, mask_id=5, network=lambda xt: mdlm(xt)[0])
+    losses = []
+    for _ in range(100):
+        exec(code, names)
+        losses.append(names['loss'].item())
+    theirs = torch.tensor([mdlm(idx, idx)[1].item() for _ in range(100)])
+    ours = torch.tensor(losses)
+    error = ((ours.var() + theirs.var()) / 100).sqrt()
+    assert (ours.mean() - theirs.mean()).abs() < 4 * error
+
+def test_readme_s_own_objective(clone):
+    """ uniform noise from outside: trains below the loss of a blind guess, claims no bound, keeps what a prompt gives """
+    code, data = next(code for code in PYTHON if 'class Uniform' in code), clone / 'data' / 'shakespeare_char'
+    (data / 'provider.py').write_text(code)
+    sizes = [arg for arg in SIZES if 'max_iters' not in arg]
+    args = ['config/train_shakespeare_char.py', '--objective=uniform', '--out_dir=out-uniform', *sizes, '--max_iters=200', '--warmup_iters=10']
+    text = in_process('train.py', *args, folder=clone)
+    assert 'ce is no bound' in text and 'nelbo' not in text
+    score = json.loads((clone / 'out-uniform' / 'results.json').read_text())['weights']['raw']['scoreboard']
+    assert score['nats_per_token'] < 0.95 * math.log(prepare.read_meta(str(data))['end_id'])
+    text = in_process('sample.py', '--out_dir=out-uniform', '--start=All [[5]]and', '--max_new_tokens=4', '--num_samples=2', folder=clone)
+    assert len(re.findall(r'All .{5}and.{4}\n-', text, re.S)) == 2
+    (data / 'provider.py').unlink()
+
+def test_readme_is_short_and_its_pictures_exist():
+    assert len(read('README.md').split()) <= 2000
+    pictures = re.findall(r'!\[[^]]*\]\(([^)]+)\)', README)
+    assert pictures and all(os.path.isfile(os.path.join(ROOT, path)) for path in pictures)
+    links = [(page, link) for page in PAGES for link in re.findall(r'\]\(([^)#:]+)\)', read(page))]
+    assert all(os.path.exists(os.path.join(ROOT, os.path.dirname(page), link)) for page, link in links)
