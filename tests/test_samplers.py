@@ -94,7 +94,9 @@ def test_steps_are_a_row_s_own(way, monkeypatch):
     """ rows that fill different blocks, one of them none: each as if alone; the slowest row decides the calls """
     in_blocks = [build('bd3lm', block_size=12, begin_id=6, diffusion_block_size=n) for n in (3, 4)]
     alike = lambda shape, **more: (torch.arange(shape[1]) * 0.37 % 1).expand(shape) # in all rows
+    quota = lambda hidden, total, t, s: torch.where(s > 0, (t * 20 + total).long() % 3, hidden.sum(1)) # sometimes none
     monkeypatch.setattr(torch, 'rand', alike)
+    monkeypatch.setitem(QUOTAS, 'ancestral', quota)
     for model in (*in_blocks, build('mdlm', block_size=12)):
         torch.manual_seed(3)
         prompt, alone = torch.randint(5, (5, 12)), []
@@ -621,6 +623,16 @@ def against_uncached(model, errors):
             errors.append((x - y[:, first:].flatten(0, 1)[only]).abs().max().item())
         return x
     model.read = both
+
+@pytest.mark.parametrize('stop', [None, 3])
+@pytest.mark.parametrize('kind', ['mdlm', 'bd3lm'])
+@torch.no_grad()
+def test_the_cache_is_exact_where_segments_are_causal(kind, stop):
+    """ causal_within_block: in the passes that read a block alone, no token sees a later one either """
+    model, errors = build(kind, attention='hierarchical', segments='2,2,4', causal_within_block=True), []
+    against_uncached(model, errors)
+    model.generate(torch.tensor([[1, 2], [3, 0]]), 6, stop=stop)
+    assert len(errors) > 4 and max(errors) < 1e-9
 
 def leaves_no_choice(kind, model, options):
     """ is all that is written decided by the model alone? """
