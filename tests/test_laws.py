@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
-from model import (OBJECTIVES, Denoiser, GPTConfig, UserError, block_ids, dense_mask,
+from model import (OBJECTIVES, ORDERS, Denoiser, GPTConfig, UserError, block_ids, dense_mask,
                    load_checkpoint, pick_device, score, token_probs)
 
 TEXT = torch.tensor([[0, 3, 1, 4, 2, 2, 0, 1], [4, 4, 2, 0, 3, 1, 2, 3], [1, 0, 0, 2, 4, 3, 1, 4]])
@@ -603,6 +603,46 @@ def test_accuracy_is_of_hidden_tokens_that_are_scored(objective, settings):
     for xt, share in zip(shown, found.values()):
         assert (xt[:, 3] == texts[:, 3]).all() and (not settings or (xt[:, :2] == texts[:, :2]).all())
         assert abs(share - (texts[xt == 7] == 0).float().mean().item()) < 1e-6
+
+@pytest.mark.parametrize('t_min, t_max', [(0.0, 1.0), (0.3, 0.8)])
+@pytest.mark.parametrize('bell', [False, True])
+def test_levels_are_one_in_each_stratum_of_their_distribution(t_min, t_max, bell):
+    """ from t_min to t_max, by the distribution function t, or 3 t^2 - 2 t^3; none is 0, whatever torch.rand draws """
+    model, n = make('mdlm', t_min=t_min, t_max=t_max, t_dist='bell' if bell else 'uniform'), 1000
+    t = (model.sample_t(n).double() - t_min) / (t_max - t_min)
+    share = (3 * t ** 2 - 2 * t ** 3 if bell else t).sort().values - torch.arange(n) / n
+    assert share.min() > -1e-5 and share.max() < 1 / n + 1e-5
+    assert not torch.equal(t, t.sort().values)
+    for u in 0.0, 1 - 2 ** -24: # the least and the most that it draws
+        with mock.patch.object(torch, 'rand', lambda *size, **more: torch.full(size, u)):
+            for size in 1, 7, 4096:
+                levels = model.sample_t(size)
+                assert levels.min() > 0 and levels.min() >= t_min - 1e-6 and levels.max() <= t_max + 1e-6
+
+@torch.no_grad()
+def test_an_order_costs_as_many_passes_as_a_block_has_tokens():
+    """ all blocks of all rows at once """
+    for settings, n in (dict(diffusion_block_size=4), 4), (dict(diffusion_block_size=3), 3), (HIERARCHY, 4):
+        for order in ORDERS:
+            model, passes = make('bd3lm', **settings), []
+            denoise = model.denoise
+            model.denoise = lambda *args, **more: passes.append(1) or denoise(*args, **more)
+            model.nll_order(TEXT, TEXT, order)
+            assert len(passes) == n
+
+@torch.no_grad()
+def test_the_rows_that_are_denoised_keep_their_own_block_ids():
+    """ where the first half of a batch teaches to read on """
+    more = dict(HIERARCHY, segments='2,3,3')
+    dual, alone = make('mdlm', ar_weight=0.5, **more), make('mdlm', **more)
+    ids = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 7, 7, 7, 7, 7], # 7: pads
+                        [0, 0, 1, 1, 2, 2, 2, 7], [0, 0, 1, 2, 2, 7, 7, 7]])
+    rows = TEXT.repeat(2, 1)[:4]
+    torch.manual_seed(0)
+    both = dual(rows, rows, ids)[1]
+    torch.manual_seed(0)
+    expected = alone(rows[2:], rows[2:], ids[2:])[1]
+    assert torch.allclose(both, expected + 0.5 * dual.views()['ar'](rows[:2], rows[:2])[1], atol=1e-5)
 
 def test_denoise_counts_what_it_was_asked_for():
     """ loss and accuracy are means over scored tokens, whatever stands elsewhere; of none the loss is 0 and not NaN """

@@ -34,7 +34,7 @@ output = '' # write the table there as JSON too
 NANOGPT = dict(objective='ar', pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2', optimizer='adamw')
 
 def train_settings():
-    """ the settings at the top of train.py, read but not run: {name: default, '__annotations__': {name: type in text}} """
+    """ settings at the top of train.py, read but not run: {name: default, '__annotations__': {name: type as text}} """
     with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')) as f:
         body = ast.parse(f.read()).body
     found, annotations = {}, {}
@@ -86,7 +86,7 @@ def check_compiler(device):
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            raise UserError("compile=True needs a C++ compiler on a CPU, and there is none: leave compile out") from None
+            raise UserError("compile=True on a CPU needs a C++ compiler, and there is none: leave it out") from None
 
 def train_step(s, model, amp, optimizers, ids):
     device = model.transformer.wte.weight.device

@@ -30,8 +30,8 @@ MOST = 8192 ** 2 # cells of a matrix: nobody sees more, and it must fit into mem
 def plot_scheduling_matrix(config, axes):
     """ rows: network calls, downwards; columns: tokens of a chunk; dark is noise """
     S = config.df_sampling_timesteps
-    later = S if config.df_scheduling_matrix == 'autoregressive' else config.df_uncertainty_scale # than the token before
-    check(not (S + horizon * later) * horizon > MOST, f"horizon is {horizon}, which is too much for a picture")
+    waits = S if config.df_scheduling_matrix == 'autoregressive' else config.df_uncertainty_scale # after a token, at most
+    check(not (S + horizon * waits) * horizon > MOST, f"horizon is {horizon}, which is too much for a picture")
     matrix = scheduling_matrix(config.df_scheduling_matrix, horizon, config.df_sampling_timesteps, config.df_uncertainty_scale)
     image = axes.imshow(matrix.numpy(), cmap='Purples', aspect='auto', interpolation='nearest')
     axes.figure.colorbar(image, label='noise level (index)')
@@ -51,7 +51,8 @@ def plot_mask(config, axes):
     check((streams * T) ** 2 <= MOST, f"block_size is {T}, which is too much for a picture")
     check(config.attention in kind.attentions,
           f"{objective} works with attention {' | '.join(kind.attentions)}, not {config.attention!r}")
-    check(sum(config.lengths) in (0, T), f"segments {config.segments} add up to {sum(config.lengths)}, block_size is {T}")
+    total = sum(config.lengths)
+    check(total in (0, T), f"segments {config.segments} add up to {total}, block_size is {T}")
     cut = config.diffusion_block_size if config.attention == 'block' or streams == 2 else None
     ids = block_ids(config.attention, T, cut, config.lengths)
     mask = dense_mask(ids.repeat(streams), torch.arange(streams * T) < T * (streams - 1), config.clean_causal, question=0 if config.causal_within_block else None)

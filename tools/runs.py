@@ -90,18 +90,19 @@ def load(name, where='cpu', ckpt='best', weights='ema', view=None):
     folder, named = split_view(name)
     path = os.path.join(folder, f'ckpt_{ckpt}.pt')
     state = models.read_checkpoint(path)
-    settings, _ = (models.entry(state, k, path) for k in ('settings', 'meta')) # what is read of it here and by the tools
-    own = provider(models.entry(settings, 'dataset', f"'settings' of {path}", str)).get('OBJECTIVES', {})
-    return models.load_checkpoint(state, where, weights, own, view or named)
+    settings, _ = (models.entry(state, k, path) for k in ('settings', 'meta')) # load_checkpoint needs neither
+    dataset = models.entry(settings, 'dataset', f"'settings' of {path}", str)
+    return models.load_checkpoint(state, where, weights, provider(dataset).get('OBJECTIVES', {}), view or named)
 
 def check_options(name, model, objective, options, ours):
-    """ are these options of generate? ours: those that the tool itself gives """
+    """ are these options of generate, with values that it can use? ours: those that the tool itself gives """
     parameters = inspect.signature(model.generate).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) # it hands on what it does not know
     takes = [k for k in (options if anything else parameters) if k not in ours]
     for option in options:
         close = nearest(option, takes)
         check(option in takes, f"{name}: {objective} has no use for {option}, only for {', '.join(takes)}{close}")
+    models.check_options(options)
 
 def check_data(folder, meta, corpus, *more):
     """ was the run in `folder`, whose checkpoint has `meta`, trained on what the dataset is now? more: keys of meta """
