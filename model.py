@@ -43,7 +43,8 @@ def check_length(T, room):
 
 def check_shape(block_ids, B, T):
     if block_ids.dtype != torch.long or block_ids.shape not in ((T,), (1, T), (B, T)):
-        raise UserError(f"block_ids are {block_ids.dtype} of shape {tuple(block_ids.shape)}, expected torch.int64 of ({T},) or ({B}, {T})")
+        raise UserError(f"block_ids are {block_ids.dtype} of shape {tuple(block_ids.shape)}, "
+                        f"expected torch.int64 of ({T},) or ({B}, {T})")
 
 # -----------------------------------------------------------------------------
 # who may look at whom
@@ -186,7 +187,7 @@ class Cache:
 
 @dataclass
 class Task:
-    """ the fields of a GPTConfig that weights leave open: the text, how a model is trained on it, and how it writes """
+    """ the fields of a GPTConfig that weights leave open: the text, how a model trains on it, and how it writes """
     block_size: int = 1024 # tokens of context
     vocab_size: int = 50304 # rows of the embedding: the text's ids, then begin, [MASK], pad and padding to a round number
     text_size: int = None # ids a text can contain are below this one, all others have logit -inf. None: all rows
@@ -222,8 +223,9 @@ class Task:
 @dataclass
 class GPTConfig(Task):
     """
-    what the model is; train.py has a setting of the same name for nearly every field. The weights fix the fields of this class:
-    a checkpoint brings them along wherever its weights go. A field that may change on the way is one of Task.
+    what the model is; train.py has a setting of the same name for nearly every field.
+    The weights fix the fields of this class: a checkpoint brings them along wherever its weights go.
+    A field that may change on the way belongs to Task.
     """
     n_layer: int = 12
     n_head: int = 12
@@ -234,22 +236,24 @@ class GPTConfig(Task):
     mlp: str = 'swiglu' # swiglu | gelu | gelu_tanh (GPT-2's approximation of it); equal in parameters
     qk_norm: bool = True # layernorm on queries and keys, with a gain (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = False # one matrix for embedding and head
-    # of df alone
-    df_objective: str = 'pred_token' # what the network predicts: pred_token, by cross-entropy; as published, by squared error, pred_noise | pred_x0 | pred_v
+    # of df alone: what the network predicts: pred_token, by cross-entropy; as published, by squared error, the others
+    df_objective: str = 'pred_token' # pred_token | pred_noise | pred_x0 | pred_v
     df_timesteps: int = 32 # noise levels of training
     df_beta_schedule: str = 'cosine' # linear | cosine | sigmoid
-    df_embed_norm: float = 4.0 # pred_token: length of every embedding, so that a noise level means the same whatever n_embd is
+    df_embed_norm: float = 4.0 # pred_token: length of all embeddings, so a noise level means the same for any n_embd
     df_x0_wpe: bool = False # add positions to the embeddings that get noisy, instead of in the network; needs pos='learned'
     df_level_embed: str = 'add' # of squared errors: add | concat (and an MLP): how the network reads noise levels
 
     def __post_init__(self):
         for name, options in CHOICES.items():
             value = getattr(self, name)
-            check(value in options or name == 'attention' and value is None, f"{name} is {value!r}, expected one of {', '.join(options)}")
+            usual = name == 'attention' and value is None # the model resolves it
+            check(usual or value in options, f"{name} is {value!r}, expected one of {', '.join(options)}")
         check(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         head = self.n_embd // self.n_head
         check(self.pos != 'rope' or head % 2 == 0, f"rope turns pairs: a head of {head} dimensions (n_embd / n_head) is odd")
-        check(not self.causal_within_block or self.attention in ('hierarchical', None), "causal_within_block is about the segments of attention=hierarchical")
+        check(not self.causal_within_block or self.attention in ('hierarchical', None),
+              "causal_within_block is about the segments of attention=hierarchical")
         self.text_size = self.vocab_size if self.text_size is None else self.text_size
         check(self.text_size <= self.vocab_size, f"text_size {self.text_size} exceeds vocab_size {self.vocab_size}")
 
@@ -632,7 +636,7 @@ def who_says(cls, *names):
     return next((c for c in cls.__mro__ if any(vars(c).get(name) is not None for name in names)), None)
 
 def changed_since(cls, owner, names):
-    """ those of them that are not in cls what they are in owner; a mixin may be about any class, so only what it has counts """
+    """ the names that are not in cls what they are in owner; of a mixin those it has, as it may be about any class """
     names = [name for name in names if hasattr(owner, name) or issubclass(owner, GPT)]
     return [name for name in names if getattr(cls, name, None) != getattr(owner, name, None)]
 
@@ -640,30 +644,34 @@ def not_inherited(cls, claim, owner, changed):
     """ what stands in cls in place of a method of `owner`, because cls changed what that method is about """
     @functools.wraps(getattr(owner, claim)) # sample.py reads the parameters of generate
     def refuse(self, *args, **options):
-        raise UserError(f"{cls.__name__} defines its own {', '.join(changed)}, so {claim} of {owner.__name__} is not about it: define "
-                        f"{claim} in {cls.__name__}, or write {claim} = {owner.__name__}.{claim} there if it holds all the same")
+        raise UserError(
+            f"{cls.__name__} defines its own {', '.join(changed)}, so {claim} of {owner.__name__} is not about it: "
+            f"define {claim} in {cls.__name__}, "
+            f"or write {claim} = {owner.__name__}.{claim} there if it holds all the same")
     return refuse
 
 def mean_over(name, values, among):
-    """ {name: the mean of values (B, T) where among (B, T) is True}; {} where that is nowhere, because then there is no mean """
+    """ {name: the mean of values (B, T) where among (B, T) is True}; {} where it nowhere is: there is no mean then """
     chosen = values[among].float()
     return {name: chosen.mean().item()} if len(chosen) else {}
 
-NOTHING_SAID = {'loss_name': 'ce', 'views': lambda self: {}, 'metrics': lambda self, *args, **batch: {}} # of a class by itself
+# what a class says of itself that may say nothing
+NOTHING_SAID = {'loss_name': 'ce', 'views': lambda self: {}, 'metrics': lambda self, *args, **batch: {}}
 
 class GPT(nn.Module):
     """
     ar: predict the next token; the trunk that every other objective shares, with the same parameter names.
     The contract with the training loop is `logits, loss = model(**batch)`; batch holds idx (B, T), optional targets
     (B, T), aligned with idx, -1 = not scored (and never corrupted), and whatever else a provider sends.
-    A subclass that trains in another way does not inherit a bound or a sampler that are not its own: see __init_subclass__.
-    A subclass of GPT itself that defines forward alone, say with smoothed labels, has no bound but still writes and is still
-    measured token by token: generate and metrics ask next_token_logits, which its forward is trusted to train.
+    A subclass that trains in another way inherits no bound and no sampler that are not its own: see __init_subclass__.
+    A subclass of GPT itself that defines forward alone, say with smoothed labels, has no bound, but it still writes and
+    is measured token by token: generate and metrics ask next_token_logits, which its forward is trusted to train.
     """
     loss_name = 'nll' # what forward's loss is, in nats per scored token; 'ce' is one that bounds nothing
     bound_name = 'nll' # what nll_bound gives: 'nll' is exact, 'nelbo' an upper bound, None: there is none
     attentions = ('causal',) # patterns this objective can be trained with, its default first
-    rests_on = { # what a class says of itself, and what that is about: where a subclass changes the latter, it loses the former
+    # what a class says of itself, and what that is about: a subclass that changes the latter loses the former
+    rests_on = {
         'loss_name': ('forward', 'corrupt', 'shift', 'next_token_logits', 'next_token_loss'),
         'nll_bound': ('forward', 'corrupt', 'shift', 'next_token_logits'),
         'generate': ('attentions', 'corrupt', 'shift', 'next_token_logits'),
@@ -672,17 +680,17 @@ class GPT(nn.Module):
 
     def __init_subclass__(cls, **options):
         """
-        Where this class defines anew what a claim of its parent rests on, it does not inherit the claim: loss_name is 'ce',
-        bound_name None, views() and metrics() are empty, and nll_bound, nll_order and generate say what to define. A claim that
-        still holds is kept by naming it in the class: generate = MDLM.generate (text is still written by filling in [MASK]),
-        bound_name = 'nelbo' (nll_bound and nll_order still hold).
+        Where this class defines anew what a claim of its parent rests on, it does not inherit the claim: loss_name is
+        'ce', bound_name None, views() and metrics() are empty; nll_bound, nll_order and generate say what to define.
+        A claim that still holds is kept by naming it in the class: generate = MDLM.generate (text is still written by
+        filling in [MASK]), bound_name = 'nelbo' (nll_bound and nll_order still hold).
         """
         super().__init_subclass__(**options)
         bounds = next(vars(c) for c in cls.__mro__ if {'nll_bound', 'bound_name'} & vars(c).keys())
         if cls.bound_name is None and 'bound_name' not in bounds: # a bound without a name
             cls.bound_name = 'nelbo' # the weaker of the two
         for claim, grounds in cls.rests_on.items():
-            owner = who_says(cls, claim, 'bound_name') if claim in ('nll_bound', 'nll_order') else who_says(cls, claim)
+            owner = who_says(cls, claim, *['bound_name'] * (claim in ('nll_bound', 'nll_order')))
             changed = changed_since(cls, owner, grounds) if hasattr(cls, claim) else []
             if changed:
                 setattr(cls, claim, NOTHING_SAID.get(claim) or not_inherited(cls, claim, owner, changed))
@@ -742,14 +750,15 @@ class GPT(nn.Module):
 
     def load_pretrained(self, weights):
         """
-        As load_state_dict, but the tables of ids and of positions may have other numbers of rows: those that both have are taken. Objectives
-        share the names of their parameters, so the weights may come from any of them but df, which has another head. What does not
-        fit is named in a UserError.
+        As load_state_dict, but the tables of ids and of positions may have other numbers of rows: those that both have
+        are taken. Objectives share the names of their parameters, so the weights may come from any of them but df,
+        which has another head. What does not fit is named in a UserError.
         """
         own, weights = self.state_dict(), self.taken_from(weights)
         if self.config.tie_weights and 'lm_head.weight' in own and 'transformer.wte.weight' in weights:
             wte = weights['transformer.wte.weight']
-            check(torch.equal(wte, weights.setdefault('lm_head.weight', wte)), "the weights have a head of their own: set tie_weights=False")
+            head = weights.setdefault('lm_head.weight', wte)
+            check(torch.equal(head, wte), "the weights have a head of their own: set tie_weights=False")
         for name, needed, what in (('transformer.wte.weight', self.config.text_size, 'ids, the text has'), ('lm_head.weight', 0, ''),
                                    ('transformer.wpe.weight', self.config.block_size, 'positions, block_size is')):
             if name in own and torch.is_tensor(w := weights.get(name)) and w.shape[1:] == own[name].shape[1:]:
@@ -851,7 +860,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def metrics(self, idx, targets):
-        """ {name: number} that the log shows beside the loss, over scored tokens: accuracy, mean entropy of predictions (nats); no tokens, no names """
+        """
+        {name: number} that the log shows beside the loss, over scored tokens: accuracy, and the mean entropy of
+        predictions (nats); {} where none is scored
+        """
         inputs, targets = self.shift(idx, targets)
         probs = self.next_token_logits(inputs).softmax(-1)
         scored = targets != -1
@@ -942,7 +954,8 @@ class Denoiser(GPT):
     loss_name, bound_name = 'ce', None # whatever the provider's corruption is, its cross-entropy bounds no likelihood
     attentions = ('full', 'causal', 'block', 'hierarchical')
     favourite_order = 'random'
-    rests_on = { # a bound uses all of (0, 1] and no weights of the loss, so levels and weights are the loss's alone
+    # a bound uses all of (0, 1] and no weights of the loss, so levels and weights are the loss's alone
+    rests_on = {
         'loss_name': ('forward', 'corrupt', 'groups', 'scored', 'ce', 'sample_t', 'nelbo', 'rows', 'enough_rows'),
         'nll_bound': ('forward', 'corrupt', 'groups', 'scored', 'ce', 'denoise'),
         'nll_order': ('forward', 'corrupt', 'groups', 'scored', 'denoise'),
@@ -958,7 +971,8 @@ class Denoiser(GPT):
         check(0 <= c.t_min < c.t_max <= 1, f"t_min {c.t_min} and t_max {c.t_max} must be in order within [0, 1]")
         check(c.attn_backend != 'flex' or c.dropout == 0, "FlexAttention has no dropout on attention weights: set dropout=0 or attn_backend=sdpa")
         check(c.ar_weight >= 0, f"ar_weight is {c.ar_weight}, expected 0 (off) or more")
-        check(c.ar_weight == 0 or type(self).forward is not Denoiser.forward, f"{name} has no next-token loss: leave ar_weight out")
+        check(c.ar_weight == 0 or type(self).forward is not Denoiser.forward,
+              f"{name} has no next-token loss: leave ar_weight out")
         check(self.two_streams or not c.clean_causal, f"clean_causal is about the clean stream of bd3lm, and {name} has none: leave it out")
         check(c.clean_causal or c.ar_weight == 0 or not self.two_streams,
               "ar_weight needs clean_causal=True: else a clean token sees the next one")
@@ -1003,27 +1017,31 @@ class Denoiser(GPT):
 
     def check_blocks(self, block_ids, B, T, own=False):
         """
-        a sentence for block ids (T,) or (B, T) from outside that would be computed as something else. They must not fall along a row, but
-        behind pads, which have the largest id of the row, larger than any of the config. own: they must be the config's, but for pads.
-        Where a step trains on a GPU only their shape is looked at, because values have to be waited for: train.py looks at a first batch of
-        every run, and every evaluation at its own. On a CPU a step looks at all of them, in 0.05 % of its time (200 tokens, 0.8M parameters).
+        a sentence for block ids (T,) or (B, T) from outside that would be computed as something else. They must not
+        fall along a row, but after pads, which have the largest id of the row, larger than any of the config.
+        own: they must be the config's, but for pads.
+        Where a step trains on a GPU only their shape is looked at, because values have to be waited for: train.py looks
+        at a first batch of every run, and every evaluation at its own. On a CPU a step looks at all of them, which is
+        0.05 % of its time (200 tokens, 0.8M parameters).
         """
         check_shape(block_ids, B, T)
         if torch.compiler.is_compiling() or self.training and block_ids.device.type != 'cpu':
             return
-        last = self.id_list[T - 1]
+        last, most = self.id_list[T - 1], self.most_blocks(T) - 1
         if own:
-            check(((block_ids == self.ids[:T]) | (block_ids > last)).all(), "block_ids are not those of "
-                  f"segments={self.config.segments!r}, which a hierarchy's must be, but for pads, with an id of {last + 1} or more")
-        least, most = block_ids.aminmax()
-        check(0 <= least and most < self.most_blocks(T), f"block_ids are {least} to {most}, expected 0 to {self.most_blocks(T) - 1}")
+            check(((block_ids == self.ids[:T]) | (block_ids > last)).all(),
+                  f"block_ids are not those of segments={self.config.segments!r}, which a hierarchy's must be, "
+                  f"but for pads, with an id of {last + 1} or more")
+        low, high = block_ids.aminmax()
+        check(low >= 0 and high <= most, f"block_ids are {low} to {high}, expected 0 to {most}")
         pads = (block_ids == block_ids.amax(-1, keepdim=True)) & (block_ids > last)
         before = block_ids.masked_fill(pads, -1).cummax(-1).values # the largest so far
-        check((pads | (block_ids >= before)).all(), "block_ids fall along a row: no block may be followed by one with a smaller id, "
-              f"except that pads, with the largest id of the row, {last + 1} or more, may stand anywhere")
+        check((pads | (block_ids >= before)).all(),
+              "block_ids fall along a row: no block may be followed by one with a smaller id, except that pads, "
+              f"with the largest id of the row, {last + 1} or more, may stand anywhere")
 
     def most_blocks(self, T):
-        """ of a row of T tokens with block ids from outside: one for each token, or the config's and one for pads """
+        """ how many a row of T tokens may have whose ids come from outside: one per token, or the config's and pads """
         return max(T, self.id_list[T - 1] + 2)
 
     def one_stream(self, xt, block_ids=None, only=None):
@@ -1050,11 +1068,12 @@ class Denoiser(GPT):
         T, lead = xt.size(1), self.lead
         check_length(T, self.config.block_size)
         ids = self.ids[:T] if block_ids is None else block_ids
-        # of the config's blocks nobody looks at the clean copy of the last one; of others any may be looked at
+        # of the config's blocks nobody looks at the clean copy of the last one, of others somebody may
         hierarchy = block_ids is not None and only is not None and self.config.attention == 'hierarchical' # its blocks, but for pads
         if block_ids is not None:
             self.check_blocks(block_ids, *xt.shape, own=hierarchy)
-        n = T - 1 if clean_too else T if block_ids is not None and not hierarchy else self.id_list.index(self.id_list[T - 1])
+        own = block_ids is None or hierarchy
+        n = T - 1 if clean_too else self.id_list.index(self.id_list[T - 1]) if own else T
         q = self.config.lengths[0] if hierarchy and not clean_too else 0 # nor is the noisy copy of a question ever asked for
         clean = F.pad(x0[:, :n], (lead, 0), value=self.config.begin_id or 0)
         if clean.size(1) == 0: # one block spans the sequence
@@ -1092,14 +1111,16 @@ class Denoiser(GPT):
 
     def check_corrupted(self, idx, targets):
         """
-        a sentence where nothing that is scored is corrupted: the loss would only teach to copy. Until the first batch that has
-        something: a provider that corrupts little may once leave a small batch as it is, and later batches need not wait for the device
+        a sentence where nothing that is scored is corrupted: the loss would only teach to copy. It is looked for until
+        a first batch has something: a provider that corrupts little may by chance leave a small batch as it is, and no
+        later batch has to wait for the device.
         """
         if not self.met_corruption:
             scored = targets != -1
             self.met_corruption = bool((scored & (idx != targets)).any())
-            check(self.met_corruption or not scored.any(), "nothing is hidden: denoise fills in what the Provider in provider.py of a dataset "
-                  "corrupted, and in these rows every scored token stands in idx as it is in targets")
+            check(self.met_corruption or not scored.any(),
+                  "nothing is hidden: denoise fills in what the Provider in provider.py of a dataset corrupted, "
+                  "and in these rows every scored token stands in idx as it is in targets")
 
     def forward(self, idx, targets=None, block_ids=None):
         # corrupt: the provider did
@@ -1329,8 +1350,9 @@ class Denoiser(GPT):
 
 def bell(u):
     """
-    u (n,), uniform on (0, 1] -> t (n,) in (0, 1], distributed as Beta(2, 2): the inverse of 3 t^2 - 2 t^3, by trigonometry. Near 0 a
-    sum of positive terms, where the textbook's 1/2 - sin(asin(1 - 2u) / 3) cancels to 0; near 1 by symmetry.
+    u (n,), uniform on (0, 1] -> t (n,) in (0, 1], distributed as Beta(2, 2): the inverse of 3 t^2 - 2 t^3.
+    Near 0 a product of positive terms, where the textbook's 1/2 - sin(asin(1 - 2u) / 3) cancels to 0; near 1 by
+    symmetry.
     """
     exact = u if u.device.type == 'mps' else u.double() # MPS has no float64; elsewhere t never falls where u grows
     near = torch.minimum(exact, 1 - exact)
@@ -1489,7 +1511,10 @@ class MDLM(Denoiser):
 
     @torch.no_grad()
     def metrics(self, idx, targets, block_ids=None):
-        """ {name: the share of hidden tokens whose likeliest guess is right}, by how much is hidden; no name where by chance nothing was """
+        """
+        {name: the share of hidden tokens whose likeliest guess is right}, by how much is hidden; no name where nothing
+        was, by chance
+        """
         groups, _ = self.groups(idx, block_ids)
         found, scored = {}, self.scored(targets, groups)
         for level in 15, 50, 85:
@@ -1818,8 +1843,8 @@ class DFGPT(GPT):
     @torch.no_grad()
     def metrics(self, idx, targets):
         """
-        {name: the share of scored tokens that are found again from one level}, no name where none is scored; and how far embeddings are from
-        their mean, in units of their own size, 0 where they have none
+        {name: the share of scored tokens that are found again from one level}, no name where none is scored; and how
+        far embeddings are from their mean, in units of their own size, 0 where they have none
         """
         found, scored, x0, wpe = {}, targets != -1, F.embedding(idx, self.embeddings()), self.df_wpe(idx.size(1))
         for quarter in 1, 2, 3:
@@ -1996,7 +2021,8 @@ def score(model, batches, n_samples=1):
     """
     One number for every objective: nats per scored token over batches (dicts, on the model's device), exact or an upper bound, with
     two standard errors: Monte Carlo (of this text's bound) and over rows (would another text differ?). An objective without a
-    bound gives its training loss, under that name; a squared error is in no nats and has no perplexity. A UserError where no token is scored.
+    bound gives its training loss, under that name; a squared error is in no nats and has no perplexity.
+    A UserError where no token is scored.
     """
     nats, scored, exact = [], [], model.bound_name == 'nll'
     for batch in batches:
@@ -2028,9 +2054,9 @@ def pick_device(device='auto', dtype='auto'):
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item() # meta has no numbers
-    except (RuntimeError, AssertionError, ImportError) as e: # torch's own ways to say no; of many lines of reasons the first
-        why = str(e).strip().partition('\n')[0][:200]
-        raise UserError(f"device {asked!r} cannot be used here ({why or type(e).__name__}): try --device=auto or --device=cpu") from None
+    except (RuntimeError, AssertionError, ImportError) as e: # torch's own ways to say no, some in very many lines
+        why = str(e).strip().partition('\n')[0][:200] or type(e).__name__
+        raise UserError(f"device {asked!r} cannot be used here ({why}): try --device=auto or --device=cpu") from None
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     return device, autocast(device, low[dtype], dtype), dtype
@@ -2083,43 +2109,53 @@ def entry(ckpt, name, where, kind=dict):
     return ckpt[name]
 
 def fixed_by_weights(config, weights, where):
-    """ {field of GPTConfig: value}, what the weights of a checkpoint fix, from the config that it was saved with, perhaps by another version """
+    """ {field of GPTConfig: value} that a checkpoint's weights fix; config is what any version saved it with """
     unknown = sorted(config.keys() - {f.name for f in fields(GPTConfig)})
     check(not unknown, f"{where} was written by another version: {', '.join(unknown)} is unknown here")
     fixed = ARCHITECTURE + DF_ARCHITECTURE * any(name.startswith('df_') for name in weights)
-    missing = [name for name in fixed if name not in config] # any other field takes its default
-    check(not missing, f"{where} was written by another version: it does not say {', '.join(missing)}, which the weights fix")
+    missing = ', '.join(name for name in fixed if name not in config) # any other field takes its default
+    check(not missing, f"{where} was written by another version: it does not say {missing}, which the weights fix")
     return {name: config[name] for name in fixed}
 
-def check_fit(own, weights, whose='the weights'):
-    """ a sentence that names what of `weights` a model with the state dict `own` cannot load; both are {name: tensor} """
-    shapes = {name: tuple(w.shape) if torch.is_tensor(w) else type(w).__name__ for name, w in weights.items()}
-    wrong = [f"{name} is {shapes[name]} there, {tuple(own[name].shape)} here" for name in own if name in weights and shapes[name] != own[name].shape]
-    wrong += [f"{name} is missing" for name in own if name not in weights] + [f"{name} is unknown here" for name in weights if name not in own]
-    check(not wrong, f"{whose} do not fit this model: {'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' * (len(wrong) > 3)}")
+def and_more(names):
+    """ the first three of a list as text, and how many are left """
+    return ', '.join(names[:3]) + f' and {len(names) - 3} more' * (len(names) > 3)
 
-# what of a network of our kind is GPT-2's: all but the sizes, the biases and the gelu
+def check_fit(own, weights, whose='the weights'):
+    """ a sentence that names what of `weights` a model with state dict `own` cannot load; both are {name: tensor} """
+    shape = lambda w: tuple(w.shape) if torch.is_tensor(w) else type(w).__name__
+    both = [name for name in own if name in weights and shape(weights[name]) != shape(own[name])]
+    wrong = [f"{name} is {shape(weights[name])} there and {shape(own[name])} here" for name in both]
+    wrong += [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is unknown here" for name in weights if name not in own]
+    check(not wrong, f"{whose} do not fit this model: {and_more(wrong)}")
+
+# what of a network of our kind is GPT-2's: all but the sizes, the biases, the gelu and the head
 GPT2 = dict(pos='learned', norm='layernorm', qk_norm=False)
 
 def gpt2_weights(weights, where):
     """
-    Weights of a GPT-2 by nanoGPT's names -> ({field: value} that shows in them, the weights). torch.compile's prefix goes, and the causal
-    mask, which old versions saved. The oldest had a head of their own; who saved a tied one may have left it out.
+    Weights of a GPT-2 by nanoGPT's names -> ({field of GPTConfig: value} that they show, the weights by our names).
+    torch.compile's prefix goes, and so do causal masks, which old versions saved. The oldest had a head of their own;
+    who saved a tied one may have left it out.
     """
     weights = {str(name).removeprefix('_orig_mod.'): w for name, w in weights.items()}
-    weights = {name: w for name, w in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    masks = '.attn.bias', '.attn.masked_bias'
+    weights = {name: w for name, w in weights.items() if not name.endswith(masks)}
     wte = weights.get('transformer.wte.weight')
     check(torch.is_tensor(wte), f"{where} has no weights of a GPT: transformer.wte.weight is missing")
-    head = weights.setdefault('lm_head.weight', wte)
-    return dict(tie_weights=head is wte or torch.equal(head, wte), bias='transformer.ln_f.bias' in weights), weights
+    tied = torch.equal(weights.setdefault('lm_head.weight', wte), wte)
+    return dict(tie_weights=tied, bias='transformer.ln_f.bias' in weights), weights
 
 def read_nanogpt(ckpt, where):
     """ a ckpt.pt of nanoGPT, of any version, as read_pretrained gives it """
-    args, saved = entry(ckpt, 'model_args', where), entry(ckpt, 'model', where)
-    sizes = {name: entry(args, name, f"'model_args' of {where}", int) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')}
-    shown, weights = gpt2_weights(saved, where)
-    mlp = 'gelu' if 'bias' in args else 'gelu_tanh' # as long as nanoGPT had no such option, it computed GPT-2's approximation
-    return GPT2 | sizes | shown | dict(mlp=mlp), weights, {'tokenizer': 'gpt2'} if sizes['vocab_size'] in (50257, 50304) else {} # padded
+    args, weights = entry(ckpt, 'model_args', where), entry(ckpt, 'model', where)
+    names = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'
+    sizes = {name: entry(args, name, f"'model_args' of {where}", int) for name in names}
+    shown, weights = gpt2_weights(weights, where)
+    mlp = 'gelu' if 'bias' in args else 'gelu_tanh' # before it had that option, nanoGPT computed GPT-2's approximation
+    text = {'tokenizer': 'gpt2'} if sizes['vocab_size'] in (50257, 50304) else {} # the latter is padded
+    return GPT2 | sizes | shown | dict(mlp=mlp), weights, text
 
 def read_hugging_face(source):
     """ a GPT-2 of any size from a folder or the hub, as read_pretrained gives it """
@@ -2127,19 +2163,23 @@ def read_hugging_face(source):
         from transformers import GPT2LMHeadModel
         hf, loaded = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
     except ImportError:
-        raise UserError(f"{source} is no checkpoint; if it is a GPT-2 of Hugging Face, that needs transformers: pip install transformers") from None
+        raise UserError(f"{source} is no checkpoint; if it is a GPT-2 of Hugging Face, "
+                        "that needs transformers: pip install transformers") from None
     except (OSError, ValueError, RuntimeError) as e:
         why = str(e).strip().partition('\n')[0] or type(e).__name__
-        raise UserError(f"{source} is neither a checkpoint nor a GPT-2 of Hugging Face that can be read ({why})") from None
+        what = "neither a checkpoint nor a GPT-2 of Hugging Face that can be read"
+        raise UserError(f"{source} is {what} ({why})") from None
     c, gelus = hf.config, {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-    usual = c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx and not c.add_cross_attention
-    check(c.activation_function in gelus and c.n_inner in (None, 4 * c.n_embd) and c.layer_norm_epsilon == 1e-5 and usual,
-          f"{source} is a GPT-2 of another kind: {c.activation_function}, n_inner {c.n_inner}, epsilon {c.layer_norm_epsilon}"
-          f"{'' if usual else ', attention with cross-attention or a scale of its own'}")
+    plain = c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx and not c.add_cross_attention
+    usual = c.n_inner in (None, 4 * c.n_embd) and c.layer_norm_epsilon == 1e-5
+    check(plain and usual and c.activation_function in gelus,
+          f"{source} is a GPT-2 of another kind: {c.activation_function}, n_inner {c.n_inner}, "
+          f"epsilon {c.layer_norm_epsilon}, {'the usual' if plain else 'another'} attention")
     missing = sorted(loaded['missing_keys']) # transformers would begin those at random
-    check(not missing, f"{source} is not a whole GPT-2: {', '.join(missing[:3])} is missing{f', and {len(missing) - 3} more' * (len(missing) > 3)}")
-    linear = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # there: inputs x outputs
-    shown, weights = gpt2_weights({k: v.t().contiguous() if k.endswith(linear) else v for k, v in hf.state_dict().items()}, source)
+    check(not missing, f"{source} is not a whole GPT-2: it lacks {and_more(missing)}")
+    linear = 'attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight' # there inputs x outputs
+    weights = {k: v.t().contiguous() if k.endswith(linear) else v for k, v in hf.state_dict().items()}
+    shown, weights = gpt2_weights(weights, source)
     sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size)
     return GPT2 | sizes | shown | dict(mlp=gelus[c.activation_function]), weights, {'tokenizer': 'gpt2'}
 
@@ -2149,16 +2189,17 @@ def read_pretrained(source):
     source: a checkpoint of ours or of nanoGPT, or a GPT-2 of Hugging Face, a folder or a hub name (needs transformers).
     """
     if not os.path.isfile(source) and not str(source).endswith('.pt'):
-        found = read_hugging_face(source)
+        known, weights, text = read_hugging_face(source)
     elif isinstance(ckpt := read_pickle(source), dict) and 'model_args' in ckpt:
-        found = read_nanogpt(ckpt, source)
+        known, weights, text = read_nanogpt(ckpt, source)
     else:
         ckpt = read_checkpoint(source)
         config, weights, meta = (entry(ckpt, name, source) for name in ('config', 'model', 'meta'))
-        sizes = {k: config[k] for k in ('block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id') if k in config}
-        found = sizes | fixed_by_weights(config, weights, source), weights, {k: meta[k] for k in ('tokenizer', 'chars') if k in meta}
-    assert found[0].keys() >= set(ARCHITECTURE), "a new field of GPTConfig: GPT2 must say what it is there"
-    return found
+        tables = 'block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id'
+        known = {name: config[name] for name in tables if name in config} | fixed_by_weights(config, weights, source)
+        text = {name: meta[name] for name in ('tokenizer', 'chars') if name in meta}
+    assert known.keys() >= set(ARCHITECTURE), "a new field of GPTConfig: GPT2 must say what GPT-2 has there"
+    return known, weights, text
 
 def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None):
     """
@@ -2168,10 +2209,10 @@ def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None)
     """
     check(weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw")
     ckpt, where = (path, 'the checkpoint') if isinstance(path, dict) else (read_checkpoint(path), path)
-    name, config, objectives = entry(ckpt, 'objective', where, str), entry(ckpt, 'config', where), OBJECTIVES | objectives
-    dataset = ckpt.get('settings', {}).get('dataset')
-    check(name in objectives, f"the objective {name!r} of {where} is not known here, only {', '.join(objectives)}: one of a provider.py "
-          f"needs that file in the folder of its dataset{f', {dataset}' if dataset else ''}")
+    name, config = entry(ckpt, 'objective', where, str), entry(ckpt, 'config', where)
+    objectives, dataset = OBJECTIVES | objectives, ckpt.get('settings', {}).get('dataset')
+    check(name in objectives, f"the objective {name!r} of {where} is not known here, only {', '.join(objectives)}: "
+          f"one of a provider.py needs that file in the folder of its dataset{f', {dataset}' if dataset else ''}")
     state = ckpt['ema'] if weights == 'ema' and ckpt.get('ema') else entry(ckpt, 'model', where)
     fixed_by_weights(config, state, where)
     model = objectives[name](GPTConfig(**config))

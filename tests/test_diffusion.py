@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, UserError, bell, dense_mask, leading, random_subset, reverse_steps
+from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, UserError
+from model import bell, dense_mask, leading, random_subset, reverse_steps
 
 KINDS = [ # every way to denoise: objective, attention, block size, segments, more
     ('mdlm', dict(attention='full')),
@@ -193,10 +194,11 @@ def beta_quantile(u):
     return torch.where(u < 0.5, high, 1 - high)
 
 def test_the_bell_is_beta_2_2_to_the_last_bit():
-    """ within an ulp of a float64 reference on all of (0, 1], from the smallest float on; never 0, never above 1, never falling """
+    """ within an ulp of a float64 reference on all of (0, 1], from the smallest float on; never 0 and never falling """
     steps = torch.arange(1, 2 ** 24 + 1, dtype=torch.double).div(2 ** 24).float() # all that 1 - torch.rand() can be
     small = torch.cat([2.0 ** torch.arange(-149, -24), torch.rand(20000) * 1e-6]).sort().values
-    next_floats = (torch.tensor([1e-45, 1e-38, 1e-9, 0.1, 0.49999, 0.9999]).view(torch.int32)[:, None] + torch.arange(2000, dtype=torch.int32)).view(torch.float32).clamp(max=1)
+    starts = torch.tensor([1e-45, 1e-38, 1e-9, 0.1, 0.49999, 0.9999]).view(torch.int32)[:, None]
+    next_floats = (starts + torch.arange(2000, dtype=torch.int32)).view(torch.float32).clamp(max=1)
     for u in steps, small[small > 0], *next_floats:
         t = bell(u)
         assert t.dtype == torch.float and t.min() > 0 and t.max() <= 1 and (t.diff() >= 0).all()
@@ -206,10 +208,11 @@ def test_the_bell_is_beta_2_2_to_the_last_bit():
     assert bell(torch.ones(1)) == 1 and bell(torch.full((1,), 0.5)) == 0.5
 
 @pytest.mark.parametrize('settings, quantile', [
-    ({}, lambda u: u), (dict(t_dist='bell'), beta_quantile), (dict(t_min=0.3), lambda u: 0.3 + 0.7 * u), (dict(t_max=0.6), lambda u: 0.6 * u),
-    (dict(t_min=0.2, t_max=0.7, t_dist='bell'), lambda u: 0.2 + 0.5 * beta_quantile(u)), (dict(t_min=0.9999), lambda u: 0.9999 + 0.0001 * u)])
+    ({}, lambda u: u), (dict(t_min=0.3), lambda u: 0.3 + 0.7 * u), (dict(t_max=0.6), lambda u: 0.6 * u),
+    (dict(t_min=0.9999), lambda u: 0.9999 + 0.0001 * u), (dict(t_dist='bell'), beta_quantile),
+    (dict(t_min=0.2, t_max=0.7, t_dist='bell'), lambda u: 0.2 + 0.5 * beta_quantile(u))])
 def test_noise_levels_have_the_distribution_asked_for(settings, quantile):
-    """ one level in each n-th of it, whatever is drawn within: the n-th parts of (0, 1] are open below and closed above """
+    """ one level in each n-th of it, whatever is drawn within """
     model, n = build('mdlm', **settings), 40000
     torch.manual_seed(0)
     for t in model.sample_t(n), model.sample_t(2 * n, used=torch.arange(2 * n) % 2 == 0)[::2]:
@@ -229,7 +232,8 @@ def test_no_draw_gives_a_level_of_zero(settings, n, monkeypatch):
             assert abs(t.min().item() / least - 1) < 1e-6 and (drawn > 0 or t.max() == most)
 
 @pytest.mark.parametrize('level', [0.0, 1e-45, 1e-38, 2.0 ** -60])
-@pytest.mark.parametrize('kind', [('mdlm', {}), ('mdlm', dict(t_dist='bell')), ('bd3lm', dict(diffusion_block_size=2))], ids=str)
+@pytest.mark.parametrize('kind', [
+    ('mdlm', {}), ('mdlm', dict(t_dist='bell')), ('bd3lm', dict(diffusion_block_size=2))], ids=str)
 def test_what_is_not_hidden_has_no_weight(kind, level, monkeypatch):
     """ 1/t of a row or block that hides nothing may be infinite; loss and gradient are those of the others """
     model, x = build(kind[0], **kind[1]), torch.randint(5, (4, 8))
@@ -241,7 +245,8 @@ def test_what_is_not_hidden_has_no_weight(kind, level, monkeypatch):
     ce = F.cross_entropy(log_probs(model, xt, x).flatten(0, 1), x.flatten(), reduction='none').view(4, 8)
     loss = model(x, x)[1]
     loss.backward()
-    assert torch.allclose(loss, ce[masked].sum() / 32) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert torch.allclose(loss, ce[masked].sum() / 32)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 @pytest.mark.parametrize('batch', [1, 3, 16])
 def test_noise_levels_are_uniform_for_every_row_and_block(batch):
@@ -536,7 +541,7 @@ def test_denoise_scores_what_the_provider_asks_for():
 @pytest.mark.parametrize('scored', [slice(0, 8), slice(3, 8), slice(0, 8, 3), slice(5, 6)], ids=str)
 @pytest.mark.parametrize('elsewhere', [False, True])
 def test_denoise_refuses_to_learn_to_copy(scored, elsewhere):
-    """ whatever is not scored (a question, pads, all but a few tokens) may differ or not: what is scored must, in some place """
+    """ whatever is not scored (a question, pads, most tokens) may differ or not: what is scored must, in some place """
     model, x = build('denoise'), torch.randint(5, (4, 8))
     targets = torch.full_like(x, -1)
     targets[:, scored] = x[:, scored]
@@ -797,16 +802,24 @@ def test_every_row_may_send_its_own_block_ids():
             assert all(t[ids[i] == g].unique().numel() == 1 for g in ids[i].unique()) and t.unique().numel() == ids[i].unique().numel()
 
 HIERARCHY = dict(attention='hierarchical', segments='2,2,4')
-BLOCKWISE = [('mdlm', HIERARCHY), ('bd3lm', dict(diffusion_block_size=2)), ('bd3lm', dict(diffusion_block_size=2, begin_id=6)), ('bd3lm', HIERARCHY | dict(diffusion_block_size=2))]
-RISING = [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 1, 1, 1, 2], [0, 0, 2, 2, 5, 5, 7, 7], [0] * 8, [0, 0, 7, 1, 1, 7, 2, 7], [7, 7, 0, 0, 1, 1, 2, 2], [5, 0, 0, 1, 5, 1, 1, 1]]
+BLOCKWISE = [('mdlm', HIERARCHY), ('bd3lm', dict(diffusion_block_size=2)),
+             ('bd3lm', dict(diffusion_block_size=2, begin_id=6)), ('bd3lm', HIERARCHY | dict(diffusion_block_size=2))]
+RISING = [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 1, 1, 1, 2], [0, 0, 2, 2, 5, 5, 7, 7],
+          [0] * 8, [0, 0, 7, 1, 1, 7, 2, 7], [7, 7, 0, 0, 1, 1, 2, 2], [5, 0, 0, 1, 5, 1, 1, 1]]
+FALLING = [[[1, 1, 1, 1, 0, 0, 0, 0]] * 3, [[0, 1, 2, 3, 3, 2, 4, 4]] * 3, [[2, 2, 0, 0, 0, 0, 1, 1]] * 3,
+           [[0, 0, 1, 1, 2, 2, 3, 3]] * 2 + [[0, 0, 2, 1, 1, 2, 3, 3]], [0, 1, 0, 1, 2, 1, 2, 3],
+           [[0, 0, 6, 6, 5, 5, 7, 7]] * 3, [[7, 6, 5, 4, 3, 2, 1, 0]]]
+SHAPES = [torch.zeros(3, 7).long(), torch.zeros(2, 8).long(), torch.zeros(3, 1).long(), torch.zeros(1, 3, 8).long(),
+          torch.zeros(3, 8), torch.zeros(3, 8).int(), torch.zeros(8).bool(), torch.tensor(0)]
 
 @pytest.mark.parametrize('kind', BLOCKWISE, ids=str)
 @torch.no_grad()
 def test_block_ids_from_outside_are_the_rule_itself(kind):
-    """ whatever rises along the row, pads with the largest id anywhere, for all rows or for each its own: as one dense mask over both copies """
+    """ whatever rises along the row, with pads anywhere, for all rows or each its own: one mask over both copies """
     model = build(kind[0], **kind[1])
     x, lead = torch.randint(5, (len(RISING), 8)), model.lead
-    xt, at, noisy = x.masked_fill(torch.rand(x.shape) < 0.5, 7), torch.cat((torch.arange(8) + lead, torch.arange(8 + lead))), torch.arange(16 + lead) < 8
+    xt = x.masked_fill(torch.rand(x.shape) < 0.5, 7)
+    at, noisy = torch.cat((torch.arange(8) + lead, torch.arange(8 + lead))), torch.arange(16 + lead) < 8
     both = torch.cat((xt, F.pad(x, (lead, 0), value=6)), dim=1)
     def reference(ids):
         block = torch.cat((ids + lead, F.pad(ids + lead, (lead, 0))), dim=-1)
@@ -819,29 +832,30 @@ def test_block_ids_from_outside_are_the_rule_itself(kind):
 
 @pytest.mark.parametrize('kind', BLOCKWISE, ids=str)
 @pytest.mark.parametrize('ids, sentence', [
-    ([[1, 1, 1, 1, 0, 0, 0, 0]] * 3, 'fall along a row'), ([[0, 1, 2, 3, 3, 2, 4, 4]] * 3, 'fall along a row'), ([[0, 0, 1, 1, 2, 2, 3, 3]] * 2 + [[0, 0, 2, 1, 1, 2, 3, 3]], 'fall along a row'),
-    ([0, 1, 0, 1, 2, 1, 2, 3], 'fall along a row'), ([[2, 2, 0, 0, 0, 0, 1, 1]] * 3, 'fall along a row'), ([[0, 0, 6, 6, 5, 5, 7, 7]] * 3, 'fall along a row'), ([list(range(8))[::-1]], 'fall along a row'),
-    ([[0, 0, 1, 1, 2, 2, 3, 9]] * 3, 'block_ids are 0 to 9, expected 0 to 7'), ([[-1, 0, 0, 0, 0, 1, 1, 1]] * 3, 'block_ids are -1 to 1'),
-    ([[0, 0, 1, 1, 2, 2, 3]] * 3, r'of shape \(3, 7\), expected torch.int64 of \(8,\) or \(3, 8\)'), ([[0, 0, 1, 1, 2, 2, 3, 3]] * 2, r'of shape \(2, 8\)'), ([[0]] * 3, r'of shape \(3, 1\)'), ([[[0] * 8] * 3], r'of shape \(1, 3, 8\)'),
-    (torch.zeros(3, 8), 'torch.float32 of shape'), (torch.zeros(3, 8, dtype=torch.int32), 'torch.int32 of shape'), (torch.zeros(8).bool(), 'torch.bool of shape'),
+    *((torch.tensor(ids), 'fall along a row') for ids in FALLING),
+    *((ids, 'expected torch.int64 of ') for ids in SHAPES),
+    (torch.tensor([[0, 0, 1, 1, 2, 2, 3, 9]] * 3), 'block_ids are 0 to 9, expected 0 to 7'),
+    (torch.tensor([[-1, 0, 0, 0, 0, 1, 1, 1]] * 3), 'block_ids are -1 to 1, expected 0 to 7'),
 ])
 def test_block_ids_that_would_be_something_else_are_refused(kind, ids, sentence):
     """ in training and wherever else they go in """
     model, x = build(kind[0], **kind[1]), torch.randint(5, (3, 8))
-    ids = ids if torch.is_tensor(ids) else torch.tensor(ids)
-    for call in (lambda: model.train()(x, x, ids), lambda: model.eval().nll_bound(x, x, 2, ids), lambda: model.nll_order(x, x, 'confidence', ids),
-                 lambda: model.metrics(x, x, ids), lambda: model.denoise(x, x, ids), lambda: model.two_stream(x, x, ids)):
+    calls = [lambda: model.train()(x, x, ids), lambda: model.eval().nll_bound(x, x, 2, ids),
+             lambda: model.nll_order(x, x, 'confidence', ids), lambda: model.metrics(x, x, ids),
+             lambda: model.denoise(x, x, ids), lambda: model.two_stream(x, x, ids)]
+    for call in calls:
         with pytest.raises(UserError, match=sentence):
             call()
 
 @pytest.mark.parametrize('objective', ['denoise', 'mdlm'])
 def test_block_ids_of_one_stream_have_a_shape_too(objective):
     model, x = build(objective), torch.randint(5, (3, 8))
-    for ids in torch.zeros(3, 7).long(), torch.zeros(2, 8).long(), torch.zeros(3, 8), torch.zeros(3, 8).int(), torch.zeros(3, 1).long(), torch.tensor(0):
-        for call in (lambda: model(x.roll(1, 1), x, ids), lambda: model(x, None, ids), lambda: model.metrics(x, x, ids)):
+    for ids in SHAPES:
+        calls = lambda: model(x.roll(1, 1), x, ids), lambda: model(x, None, ids), lambda: model.metrics(x, x, ids)
+        for call in calls:
             with pytest.raises(UserError, match='expected torch.int64 of'):
                 call()
-    for ids in torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]), torch.arange(24).view(3, 8): # a mask in one stream is right whatever they are
+    for ids in torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]), torch.arange(24).view(3, 8): # a mask like any other
         assert model(x.roll(1, 1), x, ids)[1].isfinite()
 
 @pytest.mark.parametrize('kind', [kind for kind in BLOCKWISE if kind[1].get('segments')], ids=str)
@@ -860,13 +874,14 @@ def test_a_hierarchy_has_the_blocks_of_its_config(kind):
         assert model(x, targets, ids)[1].isfinite() and model.nll_bound(x, targets, 2, ids)[0].isfinite().all()
 
 def test_blocks_of_one_token_leave_room_for_pads():
-    """ their ids are taken up to the last, so pads have one more; bound and loss are exact, so what pads hold is seen if it matters """
+    """ their ids are taken up to the last, so pads have one more; bound and loss are exact, whatever pads hold """
     model, x = build('bd3lm', diffusion_block_size=1), torch.randint(5, (2, 8))
     ids = torch.tensor([[0, 8, 2, 3, 8, 5, 8, 8], [0, 1, 2, 3, 4, 5, 6, 8]])
     targets = x.masked_fill(ids == 8, -1)
     for idx in x, torch.where(ids == 8, 0, x):
         nats, scored = model.nll_bound(idx, targets, 2, ids)
-        assert scored.tolist() == [4, 7] and torch.allclose(model(idx, targets, ids)[1] * 11, nats[:, 0].sum()) and torch.equal(nats[:, 0], nats[:, 1])
+        assert scored.tolist() == [4, 7] and torch.equal(nats[:, 0], nats[:, 1])
+        assert torch.allclose(model(idx, targets, ids)[1] * 11, nats[:, 0].sum())
         first = nats if idx is x else first
         assert torch.allclose(first, nats)
 
