@@ -636,7 +636,7 @@ def test_the_rows_that_are_denoised_keep_their_own_block_ids():
     more = dict(HIERARCHY, segments='2,3,3')
     dual, alone = make('mdlm', ar_weight=0.5, **more), make('mdlm', **more)
     ids = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 7, 7, 7, 7, 7], # 7: pads
-                        [0, 0, 1, 1, 2, 2, 2, 7], [0, 0, 1, 2, 2, 7, 7, 7]])
+                        [0, 0, 1, 1, 1, 2, 2, 7], [0, 0, 1, 1, 7, 7, 7, 7]])
     rows = TEXT.repeat(2, 1)[:4]
     torch.manual_seed(0)
     both = dual(rows, rows, ids)[1]

@@ -246,7 +246,7 @@ def test_closed_and_full_outputs(runs):
     ('--stop=é', "unknown character 'é'"), ('--stop=7', "unknown character '7'"), ('--stop=[1]', "unknown character '['"),
     ('--top_k=0', 'top_k is 0'), ('--top_k=2.5', 'top_k must be int or None'), ('--top_k=True', 'top_k must be int or None'), ('--top_p=x', 'top_p must be float or None'), ('--guidance=True', 'guidance must be float or None'),
     ('--start=FILE:', '--start=FILE: names no file, expected --start=FILE:prompt.txt'), ('--start=FILE:/', 'cannot read /: Is a directory'), ('--start=FILE:nowhere.txt', 'cannot read nowhere.txt'),
-    ('--device=abc', 'device abc cannot be used here'), ('--dtype=int8', "dtype is 'int8'")])
+    ('--device=abc', "device 'abc' cannot be used here"), ('--dtype=int8', "dtype is 'int8'")])
 def test_what_makes_no_sense_is_a_sentence(runs, here, args, says):
     assert says in here(f"--out_dir={runs['mdlm']}", *args.split(), code=2)[1]
 
