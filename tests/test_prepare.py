@@ -353,6 +353,13 @@ def test_damaged_files_never_end_in_a_traceback(book):
             assert '\n' not in str(e)
     law()
 
+def test_plain_text_has_no_segments(book):
+    for args, says in ((str(book), 16, 'plan'), 'skip=plan leaves out segments, and .*book is plain text'), ((str(book), 0), 'block_size=0 is what segments add up to'):
+        with pytest.raises(PrepareError, match=says):
+            prepare.open_corpus(*args)
+    corpus, n = prepare.open_corpus(str(book), 16)
+    assert n == 16 and type(corpus) is Corpus and corpus.n_windows('val', 16) == 501 // 16
+
 def test_ensure(book, tmp_path, monkeypatch, capsys):
     assert prepare.ensure(str(book)) == str(book)
     for dataset, pattern in [(str(tmp_path / 'no'), 'run python prepare.py NAME --dataset='),
