@@ -241,7 +241,7 @@ def test_closed_and_full_outputs(runs):
     ('--max_new_tokens=-1', 'max_new_tokens is -1, expected at least 1'), ('--max_new_tokens=-1000000000000000000000', 'expected at least 1'),
     ('--seed=99999999999999999999999', 'seed is 99999999999999999999999, expected 0 or more and below 2 ** 64'), ('--seed=18446744073709551616', 'below 2 ** 64'),
     ('--seed=-1', 'seed is -1, expected 0 or more'), ('--seed=1.5', 'seed must be int'), ('--temperature=abc', 'temperature must be float (default 0.8), got str abc'),
-    ('--temperature=inf', 'temperature is inf, expected 0, or 1e-6 to 1e6'), ('--temperature=1e-300', 'temperature is 1e-300'), ('--temperature=nan', 'temperature is nan'), ('--temperature=-1', 'temperature is -1.0'),
+    ('--temperature=inf', 'temperature is inf, expected 0 (greedy) to 1e6'), ('--temperature=nan', 'temperature is nan'), ('--temperature=-1', 'temperature is -1.0'),
     ('--sampler=fixed --steps=1000000000000', 'steps is 1000000000000, expected at most 10,000,000'), ('--steps=-5 --sampler=fixed', 'fewer than the'), ('--weights=foo', "weights is 'foo', expected ema or raw"), ('--view=foo', 'cannot be read as foo'),
     ('--view', '--view needs a value, e.g. --view=None'), ('--view=', 'cannot be read as'), ('--stop=', "stop '' is 0 tokens"), ('--stop=my', "stop 'my' is 2 tokens"), ('--stop=end', 'stop is end, but the text of this model has no end id'),
     ('--stop=é', "unknown character 'é'"), ('--stop=7', "unknown character '7'"), ('--stop=[1]', "unknown character '['"),
@@ -252,7 +252,7 @@ def test_what_makes_no_sense_is_a_sentence(runs, here, args, says):
     assert says in here(f"--out_dir={runs['mdlm']}", *args.split(), code=2)[1]
 
 def test_what_makes_sense_works(runs, here):
-    for args in '--seed=18446744073709551615', '--seed=0', '--top_k=9999999999999999999999', '--guidance=1 --start=my', '--stop=m', '--top_p=1', '--temperature=1e-6', '--temperature=1e6', '--view=None', '--stop=None', '--start=[[08]] --max_new_tokens=0', '--num_samples=2 --stream=False':
+    for args in '--seed=18446744073709551615', '--seed=0', '--top_k=9999999999999999999999', '--guidance=1 --start=my', '--stop=m', '--top_p=1', '--temperature=1e-300', '--temperature=1e6', '--view=None', '--stop=None', '--start=[[08]] --max_new_tokens=0', '--num_samples=2 --stream=False':
         assert 'tokens at most' in here(f"--out_dir={runs['mdlm']}", *args.split())[1]
     assert 'tokens at most' in here(f"--out_dir={runs['records']}", '--start=my')[1]
     assert 'leave out --stop' in here(f"--out_dir={runs['records']}", '--start=my', '--stop=m', code=2)[1] and 'give one with --start=' in here(f"--out_dir={runs['records']}", code=2)[1]
