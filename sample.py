@@ -54,15 +54,14 @@ device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mp
 dtype = 'auto' # auto (bfloat16 on cuda that has it, else float32) | float32 | bfloat16 | float16
 # -----------------------------------------------------------------------------
 
-# what generate is told, where it is given
-OPTIONS = ('temperature', 'top_k', 'top_p', 'sampler', 'steps', 'order', 'schedule', 'confidence_threshold',
-           'entropy_budget', 'remask', 'df_scheduling_matrix', 'df_uncertainty_scale', 'guidance')
-_MOST = 10_000_000 # tokens at once, samples, steps: what is more is a slip of the finger, or would not fit the memory
+# the settings that generate is told as they are
+OPTIONS = [name for name in models.OPTIONS if name not in ('max_new_tokens', 'stop')]
+_MOST = 10_000_000 # tokens at once, and samples: what is more is a slip of the finger, or would not fit the memory
 
 def check_sizes(config):
     """ a sentence for numbers that no machine has the memory or anybody the patience for """
-    for name in 'num_samples', 'max_new_tokens', 'steps':
-        if config[name] is not None and config[name] > _MOST:
+    for name in 'num_samples', 'max_new_tokens':
+        if config[name] > _MOST:
             raise PrepareError(f"{name} is {shown(config[name])}, expected at most {_MOST:,}")
     if config['num_samples'] < 1:
         raise PrepareError(f"num_samples is {shown(config['num_samples'])}, expected at least 1")
