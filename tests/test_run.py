@@ -207,7 +207,7 @@ def test_a_wrong_setting_is_a_sentence_inside_the_loop_too(provided, tmp_path, h
 
 @pytest.mark.parametrize('args, sentence', [
     ('--seed=99999999999999999999999', 'seed is 99999999999999999999999, expected 0 or more and below 18446744073709551616'),
-    ('--device=meta', 'device meta cannot be used here'), ('--learning_rate=nan', 'learning_rate is nan'), ('--learning_rate=-1', 'learning_rate is -1.0'),
+    ('--device=meta', "device 'meta' cannot be used here"), ('--learning_rate=nan', 'learning_rate is nan'), ('--learning_rate=-1', 'learning_rate is -1.0'),
     ('--weight_decay=-0.1', 'weight_decay is -0.1'), ('--beta2=1', 'beta2 is 1.0, expected 0 or more and below 1'), ('--ema=1', 'ema is 1.0'),
     ('--grad_clip=-1', 'grad_clip is -1'), ('--curriculum=0.3', 'is plain text, which has none'), ('--warmup_iters=-1', 'warmup_iters is -1'),
     ('--final_lr=nan', 'final_lr is nan'), ('--max_epochs=-1', 'max_epochs is -1'), ('--scoreboard_windows=-2', 'scoreboard_windows is -2'),
