@@ -896,6 +896,7 @@ def test_how_bench_writes(monkeypatch):
     ('--objective=bd3lm --diffusion_block_size=2 --block_size=6', [6], ['text xt', 'text x0']),
     ('--objective=bd3lm --diffusion_block_size=2 --block_size=4 --clean_causal=True', [4], ['text xt', 'text x0']),
     ('--objective=mdlm --segments=2,3,2 --block_size=7', [2, 5], ['segment 0', 'segment 1', 'segment 2']),
+    ('--objective=mdlm --segments=2,4 --block_size=6 --diffusion_block_size=2', [2], ['segment 0', 'segment 1']),
     ('--objective=mdlm --segments=q:2,p:3 --block_size=5 --causal_within_block=True', [2], ['q', 'p']),
     ('--objective=bd3lm --segments=q:2,p:4 --diffusion_block_size=2 --block_size=6', [2, 6, 8],
      ['q xt', 'p xt', 'q x0', 'p x0']),
