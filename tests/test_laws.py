@@ -852,3 +852,77 @@ def test_a_chunk_is_half_of_the_context_by_default():
         model.df_network = lambda x, k: seen.append((k == 7).sum().item()) or network(x, k)
         model.generate(TEXT[:1, :2], 6)
         assert [n for n in seen if n] == sizes
+
+def test_positions_are_added_once():
+    """ to what gets noisy, or else in the network, which then depends on them for the same noisy embeddings """
+    x, k = torch.randn(2, 8, 16), torch.randint(32, (2, 8))
+    for inside in True, False:
+        model = published(pos='learned', df_x0_wpe=not inside)
+        before = model.df_network(x, k)
+        model.transformer.wpe.weight.data *= -1
+        assert alike(before, model.df_network(x, k)) == (not inside)
+
+def test_the_remembered_error_moves_where_training_looked():
+    """ levels that were not drawn keep theirs; evaluation and predictions keep all of them """
+    model, levels = published(df_objective='pred_x0'), []
+    network = model.df_network
+    model.df_network = lambda x, k: levels.append(k) or network(x, k)
+    for _ in model(TEXT, TEXT), model(TEXT), model.train()(TEXT):
+        assert (model.df_error == 1).all()
+    model(TEXT, TEXT)
+    drawn = torch.zeros(32, dtype=torch.bool).index_fill(0, levels[-1].unique(), True)
+    assert not drawn.all() and torch.equal(model.df_error != 1, drawn)
+
+def test_how_wrong_a_level_was_decides_how_sure_a_prediction_is_there():
+    """ of one step from pure noise only the last level's error counts """
+    model = published(df_objective='pred_x0')
+    before = bound(model)
+    model.df_error[:-1] = 7.0
+    assert alike(bound(model), before)
+    model.df_error[-1] = 7.0
+    assert not alike(bound(model), before)
+
+def test_a_path_costs_its_steps_by_densities_written_out():
+    """
+    Two levels: what the noisiest one tells by itself, the step between them and the last step. The density of z_next
+    given z is, for every token, by Bayes' rule that of z_next given the token, times z given z_next, over z given the
+    token: normal densities all three.
+    """
+    more = dict(df_timesteps=2, df_sampling_timesteps=2, df_chunk_size=0, df_embed_norm=3.0)
+    model = make('df', **more).variant('full_sequence')
+    noise = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([1.0, 0.0, -1.0, 0.5, 2.0, *[-math.inf] * 4])
+    model.df_network = lambda x, k, past=None: expected.expand(*k.shape, 9)
+    with mock.patch.object(torch, 'randn_like', lambda x: noise):
+        nats = model.nll_bound(TEXT, TEXT, 2)[0].mean(1) # a sample of each of the two steps
+    E, (a, b) = model.embeddings()[:5].double(), model.df_alphas_cumprod.double() # b: of the noisier level
+    normal = lambda mean, share: torch.distributions.Normal(mean, (1 - share).sqrt())
+    z_next = a.sqrt() * E[TEXT] + (1 - a).sqrt() * noise
+    z, log_p = (b / a).sqrt() * z_next + (1 - b / a).sqrt() * noise, expected[:5].double().log_softmax(0)
+    rows = lambda z, share: normal(share.sqrt() * E, share).log_prob(z[:, :, None]).sum(-1) # of each token, (3, 8, 5)
+    q = rows(z_next, a) + normal((b / a).sqrt() * z_next, b / a).log_prob(z).sum(-1, keepdim=True) - rows(z, b)
+    of = lambda table: table.gather(2, TEXT[..., None])[..., 0]
+    step = of(q) - (log_p + q).logsumexp(-1)
+    prior = torch.distributions.kl_divergence(normal(b.sqrt() * E[TEXT], b), normal(0.0, 0.0 * b)).sum(-1)
+    assert torch.allclose(nats.double(), (prior + step - log_p[TEXT]).sum(1), rtol=1e-4)
+
+def test_the_noisiest_level_is_paid_for():
+    """ where it is not pure noise: of embeddings so long that a thousandth of their variance shows """
+    more = dict(df_timesteps=1, df_sampling_timesteps=1, df_chunk_size=0, df_embed_norm=50.0)
+    model = make('df', **more).variant('full_sequence')
+    model.df_network = lambda x, k, past=None: torch.tensor([0.0] * 5 + [-math.inf] * 4).expand(*k.shape, 9)
+    share = model.df_alphas_cumprod[-1]
+    known = torch.distributions.Normal(share.sqrt() * model.embeddings()[TEXT], (1 - share).sqrt())
+    prior = torch.distributions.kl_divergence(known, torch.distributions.Normal(0.0, 1.0)).sum((1, 2))
+    assert prior.min() > 1 and torch.allclose(model.nll_bound(TEXT, TEXT)[0][:, 0], prior + 8 * math.log(5), rtol=1e-4)
+
+@pytest.mark.parametrize('guidance', [0.5, 1.0, 3.0])
+def test_guided_expectations_of_tokens_are_their_formula(guidance):
+    """ u + (1 + w)(c - u) of log-probabilities; embeddings so short that their noise tells nothing """
+    model = make('df', df_embed_norm=1e-4, df_scheduling_matrix='full_sequence', **FEW)
+    c, u = torch.tensor([[1.0, 0.2, -0.4, 0.0, -1.0], [0.1, 0.5, 0.3, -0.2, 0.0]])
+    turn = itertools.cycle((c, u)) # with the prompt, then without it
+    model.df_context = lambda x, k: F.pad(next(turn).log_softmax(0), (0, 4), value=-math.inf).expand(*k.shape, 9)
+    out, calls = writing(model, guidance=guidance)
+    expected = (u.log_softmax(0) + (1 + guidance) * (c.log_softmax(0) - u.log_softmax(0))).softmax(0)
+    assert torch.allclose(calls[-1][2][:, :5], expected.expand(len(calls[-1][2]), 5), atol=1e-3)
