@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import model as models
 import prepare
+from configurator import configure
 from tests.test_train import here, log_of # noqa: F401, here is a fixture
 
 SMALL = ('--block_size=16 --batch_size=4 --n_layer=1 --n_head=2 --n_embd=16 --warmup_iters=2 --init=gpt2 '
@@ -259,12 +260,16 @@ def test_float16_clips_what_is_no_longer_scaled(watch):
         for step in watch.steps[2 * i:2 * i + 2]:
             assert near(step.grads, {k: g * 0.02 / norm(grads) for k, g in grads.items()}, 5e-2)
 
-def test_an_overflow_of_one_optimizer_stops_both_for_an_iteration(watch):
-    def overflow(n, model, loss):
-        if n == 2: # in a matrix, which is Muon's
-            return loss + 1e38 * model.transformer.h[0].attn.c_attn.weight.flatten()[0]
-    watch.on_batch = overflow
-    watch('--dtype=float16 --max_iters=4 --eval_interval=4 --log_interval=9 --warmup_iters=0')
+def overflows(n, model, loss):
+    """ a gradient too large for float32 once it is scaled, at iteration 2, in a matrix: one of Muon's """
+    return loss + 1e38 * model.transformer.h[0].attn.c_attn.weight.flatten()[0] if n == 2 else None
+
+@pytest.mark.parametrize('clip', [0, 1])
+def test_an_overflow_of_one_optimizer_stops_both_for_an_iteration(watch, clip):
+    """ and is nothing to complain about """
+    watch.on_batch = overflows
+    watch(f'--dtype=float16 --max_iters=4 --eval_interval=4 --warmup_iters=0 --grad_clip={clip}')
+    assert watch.column('grad_norm')[1] == math.inf
     assert [step.kind for step in watch.steps] == ['AdamW', 'Muon'] * 3
     before, after, later = (call.weights for call in watch.learned[1:])
     assert same(before, after) and not same(after, later)
@@ -285,14 +290,17 @@ def test_settings_of_the_optimizers_reach_them(watch):
 
 # ---- averages, and the modes of the model
 
-def test_the_average_is_the_one_of_a_loop_in_plain_python(watch):
-    """ a young one forgets the first weights: 1/10, 2/11, 3/12, 4/13, and only then 0.35 """
-    watch('--ema=0.35 --max_iters=8 --eval_interval=8 ' + EACH)
+@pytest.mark.parametrize('more', ['', '--dtype=float16'])
+def test_the_average_is_the_one_of_a_loop_in_plain_python(watch, more):
+    """ a young one forgets the first weights: 1/10, 2/11, 3/12, 4/13, then 0.35; an overflow is an iteration too """
+    watch.on_batch = overflows if more else None
+    watch(f'--ema=0.35 --max_iters=8 --eval_interval=8 {EACH} {more}')
     average = {k: v.double() for k, v in watch.learned[0].weights.items()}
     for n, beta in enumerate([1/10, 2/11, 3/12, 4/13, 0.35, 0.35, 0.35, 0.35], 1):
         state = watch.state(f'{n:06d}')
         average = {k: beta * v + (1 - beta) * state['model'][k].double() for k, v in average.items()}
-        assert near(state['ema'], average, 1e-6) and not near(state['ema'], state['model'], 1e-4)
+        assert near(state['ema'], average, 1e-6)
+        assert not near(state['ema'], state['model'], 1e-4) or more and n == 2 # where it took no step
 
 def test_dropout_is_for_training_alone(watch):
     """ before and after an evaluation; no reading of the weights has any, nor has the scoreboard """
@@ -368,6 +376,19 @@ def test_a_resumed_run_knows_the_best_of_its_first_part(watch, monkeypatch, spli
     text = watch('--init_from=resume --max_iters=4')
     assert 'best so far' not in text and watch.state()['best'] == 1 and not (watch.out / 'ckpt_best.pt').exists()
 
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(watch, monkeypatch):
+    """ a full disk at the second one, in the middle of the file """
+    save = torch.save
+    def fills(state, file):
+        if state['iteration'] == 2:
+            file.write(b'half of it')
+            raise RuntimeError('PytorchStreamWriter failed writing file')
+        save(state, file)
+    monkeypatch.setattr(torch, 'save', fills)
+    text = watch('--max_iters=3 --ckpt_interval=1 --eval_interval=9', code=2)
+    assert 'what was saved before is untouched' in text and watch.state()['iteration'] == 1
+    assert not [*watch.out.glob('*.tmp')]
+
 def test_the_best_or_the_latest_goes_on(watch, monkeypatch, split_of):
     scripted(watch, monkeypatch, split_of, [1, 2] + [3] * 9)
     watch('--max_iters=2 --eval_interval=1')
@@ -394,6 +415,7 @@ def test_lines_of_the_log(watch):
     """ of losses, of evaluations, and of both at the last iteration """
     text = watch('--log_interval=3 --eval_interval=5 --max_iters=7 --gradient_accumulation_steps=2')
     rows = log_of(watch.out)
+    assert [*rows[0]][:6] == ['iteration', 'epoch', 'tokens', 'nll', 'grad_norm', 'lr']
     assert [int(row['iteration']) for row in rows] == [1, 3, 5, 6, 7]
     assert [bool(row['nll']) for row in rows] == [True, True, False, True, True]
     assert [bool(row['val_nll']) for row in rows] == [False, False, True, False, True]
@@ -443,7 +465,8 @@ NO_GRADIENT = 6, lambda model, loss: loss + (model.lm_head.weight[0, 0] * 0).sqr
 
 @pytest.mark.parametrize('due, first, spoil, said', [
     ('--ckpt_interval=6', *NO_LOSS), ('--eval_interval=6 --ckpt_interval=9', *NO_LOSS), ('--log_interval=6', *NO_LOSS),
-    ('--log_interval=6', *INFINITE_LOSS), ('--log_interval=6', *NO_GRADIENT)])
+    ('--log_interval=6', *INFINITE_LOSS), ('--log_interval=6', *NO_GRADIENT),
+    ('--ckpt_interval=6 --dtype=float16', *NO_LOSS)])
 def test_what_diverged_is_not_saved(watch, due, first, spoil, said):
     """ a loss or a gradient that is no number, at the first iteration that would log, evaluate or save it """
     watch.on_batch = lambda n, model, loss: spoil(model, loss) if n >= first else None
@@ -478,8 +501,9 @@ def test_epochs_decide_how_long_a_run_is(watch):
     assert watch.state()['iteration'] == 5 and len(watch.learned) == 5
     watch('--init_from=resume --max_epochs=0.2 --batch_size=2') # 576 tokens, of which 256 are left, 32 at a time
     assert watch.state()['tokens'] == 576 and watch.state()['iteration'] == 5 + 8
-    watch('--init_from=resume --max_epochs=0.2')
+    text = watch('--init_from=resume --max_epochs=0.2')
     assert not watch.steps and watch.state()['iteration'] == 13
+    assert 'is kept as' not in text and not [*watch.out.glob('*_0*')] # nothing came later
 
 # ---- the scoreboard
 
@@ -524,7 +548,8 @@ def test_evaluating_again_finds_the_same_and_touches_nothing_else(watch):
     assert {path.name: path.read_bytes() for path in watch.out.iterdir()} == before
     noise = [call.noise for call in watch.called('nll_bound')] # 2 batches of the scoreboard, then 2 of random windows
     assert distinct(noise[:4]) and all(torch.equal(a, b) for a, b in zip(noise[:4], noise[4:], strict=True))
-    watch(f'--eval_only=True --ckpt={watch.out}/ckpt_000002.pt')
+    watch(f'--eval_only=True --ckpt={watch.out}/ckpt_000002.pt') # with the same noise
+    assert all(torch.equal(call.noise, state) for call, state in zip(watch.called('nll_bound'), noise, strict=True))
     assert watch.results()['iteration'] == 2 and watch.results()['weights'] != results['weights']
 
 def test_without_a_begin_id_the_first_token_is_only_context(watch):
@@ -548,6 +573,7 @@ def test_a_run_remembers_its_settings_and_what_it_began_with(watch):
     assert (first['seed'], first['weight_decay'], first['n_layer'], first['eval_only']) == (7, 0.3, 1, False)
     watch('--init_from=resume --max_iters=3')
     assert remembered() == first | {'max_iters': 3} and first['init_from'] == 'scratch'
+    assert watch.state()['settings']['max_iters'] == 3
 
 def test_settings_of_the_model_reach_it(watch):
     others = dict(attention='causal', bias=True, pos='learned', norm='rmsnorm', mlp='gelu', qk_norm=False,
@@ -587,3 +613,43 @@ def test_the_curriculum_adds_segments_to_the_loss_one_by_one(watch, tmp_path):
     assert [sum(segments) for segments in scored] == [1, 1, 2, 2, 3, 3, 3, 3]
     assert scored[2] == [False, True, True, False]
     assert all(call.scored[:, 4:].all() for call in watch.called('nll_bound')) and watch.called('nll_bound')
+
+# ---- what the command line says
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """ script(*argv, saved={}): what configure makes of it, (config, given) """
+    monkeypatch.chdir(tmp_path)
+    def configured(*argv, saved={}, annotated='int | None'):
+        source = f"size = 3 # of what\nword = 'né' # é, or another\nknob: {annotated} = None # anything\n"
+        (tmp_path / 'script.py').write_text(source, encoding='utf-8')
+        settings, given = {'__file__': str(tmp_path / 'script.py')}, {}
+        exec(source, settings)
+        return configure(settings, list(argv), saved, given), given
+    return configured
+
+def test_given_are_the_settings_that_the_command_line_and_its_files_name(script, tmp_path):
+    """ also where they change nothing; those of an earlier run are older than either """
+    (tmp_path / 'a.py').write_text('size = 3\n')
+    config, given = script('a.py', '--knob=5', saved={'size': 9, 'word': 'old'})
+    assert config == {'size': 3, 'word': 'old', 'knob': 5}
+    assert given == {'size': 'in config file a.py', 'knob': 'on the command line'}
+    assert script(saved={'size': 9}) == ({'size': 9, 'word': 'né', 'knob': None}, {})
+
+def test_a_wrong_setting_of_an_earlier_run_says_where_it_is_from(script, capsys):
+    for saved, said in ({'sise': 3}, 'unknown setting sise in the settings of the run; did you mean size?'), \
+            ({'size': 'x'}, 'size must be int (default 3), got str x in the settings of the run'):
+        with pytest.raises(SystemExit):
+            script(saved=saved)
+        assert capsys.readouterr().err == f'error: {said}\n'
+
+def test_help_reads_comments_behind_any_letters(script, capsys):
+    with pytest.raises(SystemExit):
+        script('--help')
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        '--size=3      of what', '--word=né     é, or another', '--knob=None   (int or None) anything']
+
+@pytest.mark.parametrize('annotated', ['list | None', 'dict', 'complex | None'])
+def test_a_setting_that_cannot_be_typed_is_a_bug_of_the_script(script, annotated):
+    with pytest.raises(AssertionError, match='a setting is a bool, int, float or str'):
+        script(annotated=annotated)
