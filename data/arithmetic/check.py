@@ -1,12 +1,13 @@
 """
-What tools/answers.py asks of this data: is a plan as good as another?
-A check.py may also define same_answer(question, a, b): is a as good an answer as the true one, b? All three are text.
-Numbers, as here, need none: tools/answers.py compares them.
+Which plans and answers of this dataset count as right: tools/answers.py asks.
+same_plan(plan, true_plan): does a plan lead to the same result as the true one? A check.py may also define
+same_answer(question, a, b): is a as good an answer as the true answer b? All three are text. It is not needed here,
+because tools/answers.py compares numbers itself.
 """
 import re
 
 def steps_of(plan):
-    """ lines like 'Bob = Ann + 5' -> {'Bob': ('Ann', '+', '5'), ...}; None if one makes no sense or two disagree """
+    """ lines like 'Bob = Ann + 5' -> {'Bob': ('Ann', '+', '5'), ...}; None if a line makes no sense or two disagree """
     steps = {}
     for line in filter(None, map(str.strip, plan.split('\n'))):
         parsed = re.fullmatch(r'([^\W\d]\w*) *= *(\w+) *([-+*]) *(\w+)', line)
@@ -23,7 +24,7 @@ def steps_of(plan):
     return steps
 
 def way_to(name, steps):
-    """ the steps that lead to a name, the last one first; None where a step needs one that comes after it """
+    """ the list of steps that lead to a name, the last one first; None if a step uses the result of a later step """
     found, order = [], [*steps]
     while name in steps:
         other = steps[name][0]
@@ -35,8 +36,8 @@ def way_to(name, steps):
 
 def same_plan(plan, true_plan):
     """
-    Do the same steps lead to what is asked for, the last name of the true plan? Steps in another order that works, or
-    of no use, change nothing.
+    bool: do both plans reach the last name of the true plan, which is what the question asks for, by the same steps?
+    Another order that works is as good, and superfluous steps do not matter.
     """
     steps, true_steps = steps_of(plan), steps_of(true_plan)
     if not steps or not true_steps:

@@ -1,11 +1,12 @@
 """
-The corpus that is already on your disk: the language reference (prose) and the source of well-known modules (code) that
-come with CPython, about three megabytes. No network; the text depends on the python version, which meta.json names.
+A corpus that is already on your disk: the language reference (prose) and the source of well-known modules (code) that
+come with CPython, about three megabytes. It needs no network. The text depends on the version of python, which
+meta.json names.
 $ python prepare.py python_docs
 
-Documents are topics of the reference and modules, sorted by name; every tenth is val. A topic that mostly repeats
-longer ones is left out, or val would be in train. Printable ASCII and newlines only: tabs become spaces, form feeds go,
-any other character becomes '?'.
+A document is a topic of the reference or a module. They are sorted by name, and every tenth is val. A topic that
+mostly repeats longer topics is left out: otherwise text of val would also be in train. The text has printable ASCII
+and newlines only: tabs become spaces, form feeds are removed, any other character becomes '?'.
 """
 import importlib.util
 import platform
@@ -27,7 +28,7 @@ def ascii_only(text):
     return re.sub(r'[^ -~\n]', '?', text.replace('\f', '').expandtabs())
 
 def topics():
-    """ {name: text} of the language reference, without topics that are mostly made of the paragraphs of longer ones """
+    """ {name: text} of the language reference, without topics of which most text is in paragraphs of longer topics """
     try:
         from pydoc_data.topics import topics as texts
     except ImportError: # some distributions leave it out
@@ -41,7 +42,7 @@ def topics():
     return kept
 
 def source(name):
-    """ the text of a module, without running it; None if this python has it not, or only compiled """
+    """ the source of a module as text, without running it; None if this python has no source of it """
     try:
         spec = importlib.util.find_spec(name)
         return spec.loader.get_source(name) if spec else None

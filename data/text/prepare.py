@@ -1,10 +1,11 @@
 """
-Your own text, UTF-8 or with a byte order mark: one file, all of a folder that end in .txt or .text, or a pattern.
+Your own text: one file, a folder (its files that end in .txt or .text), or a pattern. UTF-8, or with a byte order mark.
 $ python prepare.py text --input=book.txt --dataset=book
 $ python prepare.py text --input='books/**/*.txt' --tokenizer=byte --dataset=books
 
-The last val_fraction of all characters, files in sorted order, becomes val, cutting one file in two. Of several files
-each is a document and the end id follows it (also where the cut falls). Empty files among others are left out.
+Files are sorted by name. The last val_fraction of all characters becomes val, so one file may be cut in two. If there
+are several files, each is a document, and an end id follows every document (also at the cut). Empty files among others
+are left out.
 """
 import glob
 import os

@@ -1,10 +1,10 @@
 """
-WikiText-2 (https://arxiv.org/abs/1609.07843), the word-level text with <unk>, in GPT-2's byte pairs and its own splits.
+WikiText-2 (https://arxiv.org/abs/1609.07843): the word-level text with <unk> and its own splits, in GPT-2's byte pairs.
 $ python prepare.py wikitext2
-$ python prepare.py wikitext2 --input=FOLDER   # train.txt, valid.txt and test.txt that you have
+$ python prepare.py wikitext2 --input=FOLDER   # with your copies of train.txt, valid.txt and test.txt
 
-Every article is a document, from the blank line before its ` = Title = ` heading on (60 in val, 60 in test).
-Put together they are the file again, character for character (as read_text gives it).
+Every article is a document, which begins with the blank line before its ` = Title = ` heading (60 in val, 60 in test).
+All articles of a split, joined, are the text of its file again, character for character, with the line ends of Unix.
 """
 import os
 import re
@@ -14,12 +14,12 @@ from prepare import PrepareError, download, read_text
 tokenizer = 'gpt2'
 URL = 'https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2'
 FILES = {'train': 'train.txt', 'val': 'valid.txt', 'test': 'test.txt'}
-# git's own ids of the three files, as `git ls-tree` shows them in that repository
+# checksums: the git blob ids of the three files, as `git ls-tree` shows them in that repository
 SUMS = ['2d84b35af79e411d73ea7cae83c73964c6ac83b4', 'eec944eb2d9e46061cd34a6913528797db6842fc',
         '6f3fc88e4cd88456ea892971f9f12243e8428624']
 
 def articles(text):
-    """ cut before every top heading: a title between single equals signs, blank lines (or spaces only) around it """
+    """ a list of texts, cut before every top heading: a title between single equals signs, with blank lines around """
     return [part for part in re.split(r'(?m)^(?=[ \t]*\n = [^=\n].* =[ \t]*\n[ \t]*\n)', text) if part]
 
 def corpus(folder, input='', url=URL, sha256=''):
