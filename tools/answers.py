@@ -1,23 +1,27 @@
 """
-How well runs answer the questions of a test split: exact answers, plans alone, nats of plan and execution, the cost.
+How well runs answer the questions of a test split: correct answers and plans, nats of plan and execution, the cost.
 $ python -m tools.answers out-arithmetic out-arithmetic-ar --num_samples=500
 $ python -m tools.answers "out-arithmetic,sampler=threshold" "out-arithmetic,sampler=fixed,steps=8|16|32"
 A contender is the folder of a run and options of its generate, with commas between; a|b|c is a row for each.
-Columns: accuracy, with its 95 % interval (Wilson): does what the execution gives as its answer (after the last ####,
-else all of it) equal the true one? Beside it chance, how often the commonest true answer is right. plan same: plans
-that come to what the true one does, by same_plan of data/NAME/check.py (without one: equal text). Nats per record, a
-bound but for ar: of the true plan with the execution hidden, of the true execution given the true plan, and given the
-plan that was generated. What is printed also lands in answers.json beside each run.
 
-Two answers are equal if they are the same text or the same number, exactly. Numbers are written like
-  12  +12  -12  012  1.50  .5  1.5e3  1/2, with a full stop after them or not,
-  1,234.5  with a comma, a thin or a no-break space before every three digits; 1,23 and 1 234 may be two numbers each,
-  $5  -$5  5 €  with a currency sign or, as the question says which, without: $5 is 5, 5 € is 5, $5 is not 5 €,
-  50%  which is 0.5 and not 50.
-Everything else is text: 12 apples, 1,2,3, inf, digits of other scripts, what has more than 1,000 characters or an
-exponent of more than three digits. An empty answer is never right. A dataset with other rules says
-same_answer(question, a, b) in data/NAME/check.py: is a as good an answer as the true one, b? All three are text.
-Chance goes by it too.
+accuracy, with its 95 % interval (Wilson): the share of answers that are right. The answer is the text after the last
+#### of an execution, all of the execution if it has none.
+chance: the accuracy of always giving the most common true answer.
+plan same: the share of plans that lead to the same result as the true plan, as same_plan in data/NAME/check.py
+decides. Without a same_plan the texts must be equal.
+nats: per record, a bound for every objective but ar. Of the true plan with the execution hidden, of the true execution
+given the true plan, and of the true execution given the generated plan.
+The table and the first answers are also written to answers.json in the folder of each run.
+
+Two answers are equal if they are the same text or exactly the same number. These are numbers:
+  12  +12  -12  012  1.50  .5  1.5e3  1/2   also with a full stop after them
+  1,234.5   a comma, a thin or a no-break space before every three digits; 1,23 and 1 234 may be two numbers
+  $5  -$5  5 €   the sign may be missing, because the question may name it: $5 is 5, 5 € is 5, $5 is not 5 €
+  50%   is 0.5 and not 50
+Everything else is text: 12 apples, 1,2,3, inf, digits of other scripts, anything with more than 1,000 characters or an
+exponent of more than three digits. An empty answer is never right. A dataset with other rules defines
+same_answer(question, a, b) in data/NAME/check.py: is a as good an answer as the true answer b? All three are text.
+chance uses these rules too.
 """
 import math
 import os
@@ -37,11 +41,11 @@ from prepare import Layout, Records, Tokenizer, provider
 from tools.runs import (as_command, check_data, check_options, check_output, check_sizes, contenders, load, sentences,
                         split_view, with_error, write_json)
 
-num_samples = 0 # questions, the first so many of the split; 0: all
-batch_size = 32 # answered at once
-split = 'test' # of the dataset; val where there is no test
-bound_samples = 4 # corruptions per record and bound; 0: no bounds
-temperature = 0.0 # of generate, unless a contender says otherwise; 0: always the likeliest token
+num_samples = 0 # questions, the first ones of the split; 0: all
+batch_size = 32 # questions answered at once
+split = 'test' # of the dataset; val if it has no test
+bound_samples = 4 # corruptions per record and bound; 0: no columns of nats
+temperature = 0.0 # of generate, unless a contender has its own; 0: always the likeliest token
 examples = 0 # answers of each row to print
 ckpt = 'best' # best | latest
 weights = 'ema' # ema (if the run averaged its weights) | raw
@@ -49,7 +53,7 @@ threads = 0 # of the CPU; 0: as many as torch takes
 seed = 1337
 device = 'auto' # auto (cuda, mps, cpu, whichever there is) | cuda | cuda:1 | mps | cpu
 
-# ---- answers (an underscore, as public text would be a setting)
+# ---- answers (constants of text begin with an underscore: public ones would be settings)
 
 _THOUSANDS = ',\u2009\u00a0\u202f' # comma, thin space, no-break space, narrow no-break space
 _CURRENCIES = '$€£¥₹'
@@ -60,8 +64,8 @@ NUMBER = re.compile(rf'''
     (?P<back> (?:[ ]?[{_CURRENCIES}%])? ) \.?''', re.VERBOSE)
 
 def number(text):
-    """ an answer -> (the exact Fraction, its currency sign or '') if it is written as a number, else (the text, '') """
-    plain = text.replace('\u2212', '-').replace('–', '-') # the minus sign, and the dash that stands in for it
+    """ an answer as text -> (Fraction, currency sign or ''), exactly, if it is a number, else (the text, '') """
+    plain = text.replace('\u2212', '-').replace('–', '-') # the minus sign, and the dash that is often used for it
     found = NUMBER.fullmatch(plain) if len(plain) <= 1000 else None
     if found is None or sum(c in _CURRENCIES + '%' for c in plain) > 1:
         return text, ''
@@ -69,21 +73,24 @@ def number(text):
     return -magnitude if '-' in found['front'] else magnitude, ''.join(c for c in plain if c in _CURRENCIES)
 
 def answer_text(execution):
-    """ what stands behind the last ####, without #### all of it """
+    """ the text after the last #### of an execution, all of it if there is no #### """
     return execution.rpartition('####')[2].strip()
 
 def answer(execution):
-    """ the answer that an execution gives, a Fraction or text: see above """
+    """ the answer that an execution gives, as a Fraction if it is a number, else as text """
     return number(answer_text(execution))[0]
 
 def same_answer(question, a, b):
-    """ is a the answer b? Both are text; of datasets whose check.py does not say it """
+    """ bool: is a the same answer as b? Both are text. For datasets without a same_answer of their own """
     (a_value, a_sign), (b_value, b_sign) = number(a), number(b)
     return a != '' and a_value == b_value and (a_sign == b_sign or '' in (a_sign, b_sign))
 
 def chance(questions, true, same):
-    """ the share of the questions to which the commonest true answer is right; questions and true answers are text """
-    if same is same_answer: # counting is enough
+    """
+    The share of the questions to which one answer is right, for the best such answer. questions and true, their
+    answers, are lists of text; same: a function like same_answer.
+    """
+    if same is same_answer: # counting does it, without comparing all pairs
         counted = Counter(map(number, filter(None, true)))
         total = Counter(number(b)[0] for b in true if b)
         right = [counted[value, sign] + counted[value, ''] if sign else total[value] for value, sign in counted]
@@ -91,7 +98,7 @@ def chance(questions, true, same):
     return max(sum(bool(same(q, a, b)) for q, b in zip(questions, true)) for a in dict.fromkeys(true)) / len(true)
 
 def wilson(right, n):
-    """ the 95 % interval of a share (https://doi.org/10.1080/01621459.1927.10502953) """
+    """ (low, high), the 95 % interval of the share right / n (https://doi.org/10.1080/01621459.1927.10502953) """
     z, p = 1.959964, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -99,7 +106,7 @@ def wilson(right, n):
 # ---- runs
 
 class Run:
-    """ a run, its questions and how its rows are laid out """
+    """ the model of a run, the questions of its dataset, and the Layout of its rows """
     def __init__(self, folder):
         self.where, self.amp, _ = models.pick_device(device)
         self.model, state = load(folder, self.where, ckpt, weights)
@@ -113,34 +120,34 @@ class Run:
         self.split = split if split in meta['splits'] else 'val' if split == 'test' else split
         n = min(corpus.n_windows(self.split), num_samples or sys.maxsize)
         check(n, f"{self.split} of {corpus.folder} has no questions")
-        self.slots = Layout(meta, range(len(self.layout.segment))) # reads raw rows
+        self.slots = Layout(meta, range(len(self.layout.segment))) # with blocks of one token it reads raw rows
         self.raw = np.array(corpus.raw(self.split, slice(n))).astype(np.int64)
 
     def texts(self, records):
-        """ [{segment: ids}, ...] -> the same with text; '' for a segment that was never begun """
+        """ [{segment: ids}, ...] -> [{segment: text}, ...]; the text is '' if the segment was never begun """
         return [{k: self.tokenizer.decode(parts[k]) if k in parts else '' for k in self.names} for parts in records]
 
 def bound(model, layout, raw, only, where):
-    """ nats of the segments `only` (numbers) of raw rows, summed per row, (B,); nothing after them is visible """
+    """ nats of the segments `only` (their numbers) of raw rows, summed per row, (B,). Later segments are hidden """
     batch = {k: torch.from_numpy(v).to(where) for k, v in layout.rows(raw, only, model.row_length).items()}
-    if layout.ids is not None: # ar cannot look ahead
+    if layout.ids is not None: # for ar there is nothing to hide: it cannot look ahead
         later = torch.from_numpy(layout.segment > max(only)).to(where)
         batch['idx'] = batch['idx'].masked_fill(later & (batch['idx'] != layout.pad_id), model.config.mask_id)
     nats, _ = model.nll_bound(**batch, n_samples=1 if model.bound_name == 'nll' else bound_samples)
     return nats.cpu().double().mean(1)
 
 def mean_bound(run, raw, only):
-    """ the mean of bound over raw rows (n, T), and its standard error; of one row there is none, nan """
+    """ (mean, standard error) of bound over raw rows (n, T). The error is nan if there is only one row """
     batches = [raw[i:i + batch_size] for i in range(0, len(raw), batch_size)]
     nats = torch.cat([bound(run.model, run.layout, rows, only, run.where) for rows in batches])
     return nats.mean().item(), nats.std().item() / math.sqrt(len(nats)) if len(nats) > 1 else math.nan
 
 def bounds(run, given):
-    """ the columns about nats; given: what was generated, [{segment: ids}, ...] """
+    """ the columns about nats, {name: number}. given: what the run generated, [{segment: ids}, ...] """
     names, last, row = run.names, len(run.names) - 1, {}
     for j, name in enumerate(names[1:], 1):
         row['nats_' + name], row[f'nats_{name}_stderr'] = mean_bound(run, run.raw, [j])
-    if last > 1: # generated between question and answer, all else as it is
+    if last > 1: # the true question and execution, with the generated segments between them
         true = [run.slots.parts(row) for row in run.raw]
         mixed = [[own.get(k, []) if k in names[1:last] else parts[k] for k in names] for own, parts in zip(given, true)]
         column = f'nats_{names[last]}_given_generated'
@@ -148,7 +155,7 @@ def bounds(run, given):
     return row | {'exact': run.model.bound_name == 'nll'}
 
 def ask(run, name, options):
-    """ -> what is generated, [{segment: ids}, ...], network calls and seconds """
+    """ answer the questions of a Run: (what it generates, [{segment: ids}, ...], network calls, seconds) """
     given, calls, spent, begun, told = [], 0, 0.0, time.time(), time.time()
     questions, n = [run.slots.parts(row)[run.names[0]] for row in run.raw], len(run.raw)
     torch.manual_seed(seed)
@@ -168,7 +175,7 @@ def ask(run, name, options):
     return given, calls, spent
 
 def answered(name, folder, options):
-    """ the row of a contender, and its answers [{question, ...}] """
+    """ (the row of a contender, {column: value}, its answers, [{segment: text, 'true_' + segment: text}, ...]) """
     run = Run(folder)
     check_options(name, run.model, run.objective, options, OURS)
     given, calls, spent = ask(run, name, {'temperature': temperature} | options)
@@ -191,9 +198,10 @@ def answered(name, folder, options):
         row |= bounds(run, given)
     return row, [{**a, **{f'true_{k}': b[k] for k in run.names if k != first}} for a, b in zip(said, true)]
 
-OURS = ('idx', 'max_new_tokens', 'on_step', 'stop', 'block_ids') # what the tool itself gives to generate
+OURS = ('idx', 'max_new_tokens', 'on_step', 'stop', 'block_ids') # arguments of generate that the tool sets itself
 
 def show(table):
+    """ print the table """
     nats = dict.fromkeys(k for row in table for k in row if k.startswith('nats_') and not k.endswith('_stderr'))
     titles = ['run', f"accuracy of {table[0]['questions']:,}", '95 %', 'chance', 'plan same', 'NFE', 'tokens/s']
     titles += [k.replace('_', ' ') for k in nats]
@@ -218,7 +226,7 @@ def main():
         check_sizes(settings, num_samples=0, batch_size=1, bound_samples=0, examples=0)
         if threads:
             torch.set_num_threads(threads)
-        for name, folder, options in rows: # what is wrong with the last of them is better said before the first
+        for name, folder, options in rows: # check all of them before the first one starts
             run = Run(folder)
             check_options(name, run.model, run.objective, options, OURS)
             check_output(os.path.join(split_view(folder)[0], 'answers.json'))
@@ -230,7 +238,7 @@ def main():
                 print(f"--- {name}", *(f"[{k}] {v}" for k, v in text.items()), sep='\n')
             place = os.path.realpath(split_view(folder)[0])
             found.setdefault(place, []).append(row | {'answers': texts[:20]})
-            write_json(os.path.join(place, 'answers.json'), found[place]) # now, in case the next contender fails
+            write_json(os.path.join(place, 'answers.json'), found[place]) # now: the next contender may fail
         show(table)
 
 if __name__ == '__main__':

@@ -1,9 +1,12 @@
 """
-What a training step and a sampled token cost, on this machine, in one process: contenders take turns, medians are printed, and ratios to the first.
+What a training step and a sampled token cost on this machine: medians, and ratios to the first contender.
 $ python -m tools.bench config/train_shakespeare_char.py config/train_shakespeare_char.py,objective=bd3lm nanogpt
-$ python -m tools.bench objective=ar objective=mdlm objective=bd3lm,diffusion_block_size=16 --block_size=256 --batch_size=8 --threads=1
-A contender is a config, changes to it, or both, with commas between; nanogpt is nanoGPT's network. --key=value is for all of them: any
-setting of train.py, and those below. Tokens are random, so no data is needed; a step is forward, backward, clipping and the optimizers.
+$ python -m tools.bench objective=ar objective=mdlm objective=bd3lm,diffusion_block_size=16 \
+      --block_size=256 --batch_size=8 --threads=1
+A contender is a config, changes to it, or both, with commas between; nanogpt is nanoGPT's network. --key=value holds
+for all contenders: any setting of train.py, and those below. All contenders run in one process and take turns, so that
+a change of the machine's speed meets all of them. Tokens are random, so no data is needed. A training step is forward,
+backward, clipping and the optimizers.
 """
 import ast
 import inspect
@@ -22,20 +25,22 @@ from model import UserError, check
 from tools.runs import as_command, check_output, check_sizes, sentences, write_json
 
 repetitions = 20 # training steps of each contender; 0: none
-samples = 3 # texts of each contender; 0: none
+samples = 3 # batches of texts that each contender writes; 0: none
 sample_rows = 1 # texts written at once
 new_tokens = 0 # of each text, after one token of prompt; 0: what the context holds
-sampler: str | None = None # for those that have one: see sample.py
+sampler: str | None = None # for contenders that have one: see sample.py
 steps: int | None = None
 text_size = 65 # ids of text
 threads = 0 # of the CPU; 0: as many as torch takes
 output = '' # write the table there as JSON too
 
-NANOGPT = dict(objective='ar', pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2', optimizer='adamw')
+NANOGPT = dict(objective='ar', pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True,
+               init='gpt2', optimizer='adamw')
 
 def train_settings():
-    """ settings at the top of train.py, read but not run: {name: default, '__annotations__': {name: type as text}} """
-    with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')) as f:
+    """ the settings of train.py, read but not run: {name: default, ..., '__annotations__': {name: type as text}} """
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with open(os.path.join(root, 'train.py')) as f:
         body = ast.parse(f.read()).body
     found, annotations = {}, {}
     for node in (n for n in body if isinstance(n, (ast.Assign, ast.AnnAssign))):
@@ -54,7 +59,7 @@ def all_settings():
     return own | theirs | {'__annotations__': annotations | theirs['__annotations__']}
 
 def contender(text, settings, annotations={}):
-    """ 'config/x.py,objective=mdlm' -> all settings, as train.py would read `config/x.py --objective=mdlm` """
+    """ 'config/x.py,objective=mdlm' -> {setting: value}, as train.py reads `config/x.py --objective=mdlm` """
     argv = []
     for part in text.split(','):
         if part == 'nanogpt':
@@ -64,22 +69,25 @@ def contender(text, settings, annotations={}):
     return configure(settings | {'__annotations__': annotations}, argv)
 
 def build(s, ids):
-    """ settings -> (model, optimizers) as train.py makes them, for a text of so many ids """
+    """ settings -> (model, autocast context, optimizers) as train.py makes them; ids: how many ids text has """
     if s['objective'] not in models.OBJECTIVES:
         fail(f"objective is {s['objective']!r}, expected one of {', '.join(models.OBJECTIVES)}")
     own = models.OBJECTIVES[s['objective']]
     shape = {f.name: s[f.name] for f in fields(models.GPTConfig) if f.name in s}
     shape |= dict(text_size=ids, vocab_size=ids + 3, begin_id=ids if s['begin'] else None, mask_id=ids + 1,
-                  attention=s['attention'] or own.usual_attention(s['segments']), diffusion_block_size=s['diffusion_block_size'] or None)
+                  attention=s['attention'] or own.usual_attention(s['segments']),
+                  diffusion_block_size=s['diffusion_block_size'] or None)
     device, amp, _ = models.pick_device(s['device'], s['dtype'])
     model = own(models.GPTConfig(**shape)).to(device)
     if device.type == 'cuda' if s['compile'] is None else s['compile']:
         check_compiler(device)
         model.compile()
-    return model, amp, model.configure_optimizers(s['optimizer'], s['learning_rate'], s['muon_learning_rate'], s['weight_decay'], (s['beta1'], s['beta2']))
+    optimizers = model.configure_optimizers(s['optimizer'], s['learning_rate'], s['muon_learning_rate'],
+                                            s['weight_decay'], (s['beta1'], s['beta2']))
+    return model, amp, optimizers
 
 def check_compiler(device):
-    """ a sentence in place of torch's page where there is no C++ compiler """
+    """ a UserError if torch needs a C++ compiler and there is none: torch itself would print a page of traceback """
     if device.type == 'cpu':
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -89,6 +97,7 @@ def check_compiler(device):
             raise UserError("compile=True on a CPU needs a C++ compiler, and there is none: leave it out") from None
 
 def train_step(s, model, amp, optimizers, ids):
+    """ one step on a random batch; model, amp and optimizers: from build """
     device = model.transformer.wte.weight.device
     idx = torch.randint(ids, (s['batch_size'], model.row_length), device=device)
     with amp:
@@ -101,7 +110,7 @@ def train_step(s, model, amp, optimizers, ids):
         torch.cuda.synchronize()
 
 def write(model, amp, rows, n, options):
-    """ -> network evaluations """
+    """ let the model write `rows` texts of n tokens; returns the number of network calls """
     calls, takes = [], inspect.signature(model.generate).parameters
     prompt = torch.zeros(rows, 1, dtype=torch.long, device=model.transformer.wte.weight.device)
     options = {k: options[k] for k in ('sampler', 'steps') if options[k] is not None and k in takes}
@@ -110,15 +119,18 @@ def write(model, amp, rows, n, options):
     return calls[-1]
 
 def highest_mark():
-    """ bytes of memory that this process ever held """
-    if os.path.exists('/proc/self/status'): # getrusage remembers what the process was before exec
+    """ the most bytes of memory that this process ever held """
+    if os.path.exists('/proc/self/status'): # better than getrusage, which counts the memory before exec too
         with open('/proc/self/status') as f:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 def peak_memory(s, ids, n_threads, queue):
-    """ bytes that three steps add, in a process of their own, because a process only knows its own highest mark """
+    """
+    Puts into the queue how many bytes three training steps add. It runs in a new process for every contender, because
+    a process only knows its highest mark, and that may come from another contender.
+    """
     torch.set_num_threads(n_threads)
     before = highest_mark()
     made = build(s, ids)
@@ -128,19 +140,20 @@ def peak_memory(s, ids, n_threads, queue):
     queue.put(torch.cuda.max_memory_allocated() if device.type == 'cuda' else highest_mark() - before)
 
 def seconds(call):
+    """ how long a call of the function `call` takes """
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 def measure_training(contenders, rows, repetitions):
-    """ contenders: [(settings, what build made), ...]; adds columns to their rows """
+    """ contenders: [(settings, result of build), ...]; rows: their rows of the table, to which columns are added """
     times = [[] for _ in rows]
     for _ in range(repetitions + 2):
         for (s, made), t in zip(contenders, times):
             t.append(seconds(lambda: train_step(s, *made, s['text_size'])))
     spawn = multiprocessing.get_context('spawn')
     for (s, _), row, t in zip(contenders, rows, times):
-        row['train_ms'] = statistics.median(t[2:]) * 1000 # the first two warm up
+        row['train_ms'] = statistics.median(t[2:]) * 1000 # the first two steps are warm-up
         row['train_tokens_per_second'] = s['batch_size'] * s['block_size'] / row['train_ms'] * 1000
         queue = spawn.Queue()
         worker = spawn.Process(target=peak_memory, args=(s, s['text_size'], torch.get_num_threads(), queue))
@@ -151,7 +164,7 @@ def measure_training(contenders, rows, repetitions):
         row['train_peak_bytes'] = queue.get()
 
 def measure_writing(contenders, rows, samples):
-    """ as measure_training """
+    """ as measure_training; a batch of texts more than `samples`, as the first one is warm-up """
     times = [[] for _ in rows]
     for _ in range(samples + 1):
         for (s, (model, amp, _)), row, t in zip(contenders, rows, times):
@@ -162,6 +175,7 @@ def measure_writing(contenders, rows, samples):
         row['sample_tokens_per_second'] = 1 / statistics.median(t[1:])
 
 def check_settings(s):
+    """ a UserError if a setting in s, {name: value}, is out of range """
     check_sizes(s, repetitions=0, samples=0, sample_rows=1, new_tokens=0, text_size=1, batch_size=1, block_size=1,
                 n_layer=1, n_head=1, n_embd=1, diffusion_block_size=0)
     for name in 'learning_rate', 'muon_learning_rate', 'weight_decay', 'grad_clip':
@@ -172,6 +186,7 @@ def check_settings(s):
           "block_size is 1, which leaves nothing to write after a prompt of one token: set new_tokens")
 
 def show(rows):
+    """ print the table """
     titles = ['contender', 'parameters', 'step, ms', 'train tokens/s', 'x', 'peak MB', 'sampled tokens/s', 'x',
               'network calls']
     print('|', ' | '.join(titles), '|\n' + '|---' * len(titles) + '|')

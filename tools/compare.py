@@ -1,10 +1,10 @@
 """
-The scoreboard of finished runs, side by side: nats per token, exact (=) or an upper bound (<=), on the same windows of text.
+The scoreboard of finished runs: nats per token on the same windows of text, exact (=) or an upper bound (<=).
 $ python -m tools.compare out-ar out-mdlm out-bd3lm
 $ python -m tools.compare out-mdlm out-bd3lm --orders=64 --output=table.json
---orders=N adds the exact likelihood of unmasking in deterministic orders over N windows, evenly spaced: compare those columns with each other,
-and with ar's nll of the same windows, which stands under left_to_right. They belong to another model than the bound (a deterministic
-order against random ones), so they may lie on either side of it.
+--orders=N adds the exact likelihood of unmasking in deterministic orders, over N windows, evenly spaced. Compare these
+columns with each other and with the nll of ar on the same windows, which is the column left_to_right. They may lie on
+either side of the bound, because they score another distribution: the bound is about random orders.
 """
 import itertools
 import json
@@ -21,25 +21,25 @@ from model import check
 from prepare import Corpus, PrepareError
 from tools.runs import as_command, check_data, check_output, check_sizes, load, sentences, with_error, write_json
 
-orders = 0 # windows per run; 0: none. A network call per token of a block and order
+orders = 0 # windows per run; 0: none. Every order costs one network call per token of a block
 batch_size = 16
 output = '' # write the table there as JSON too
 
-# what the table reads: of results.json, and of the scoreboard of each reading in it
+# {field: type} that the table reads of results.json, and of the scoreboard of each reading in it
 RUN = {'dataset': str, 'objective': str, 'parameters': int, 'train_tokens_seen': (int, float), 'weights': dict}
 BOARD = {'name': str, 'sign': str, 'nats_per_token': (int, float), 'stderr_monte_carlo': (int, float),
          'stderr_windows': (int, float), 'perplexity': (int, float, type(None)), 'windows': int, 'tokens': int,
          'protocol': str}
 
 def check_fields(found, fields, path, again):
-    """ a sentence where a part of results.json, `found`, lacks a field or has something else there """
+    """ a UserError if found, a part of results.json, lacks one of the fields or has another type there """
     for name, kind in fields.items():
         what = 'no' if not isinstance(found, dict) or name not in found else 'another kind of'
         fits = what != 'no' and isinstance(found[name], kind) and not isinstance(found[name], bool)
         check(fits, f"{path} has {what} {name!r}, so another version wrote it: {again}")
 
 def read_results(folder):
-    """ results.json of a run, as a dict that has all that the table reads """
+    """ results.json of a run as a dict, checked to have everything that the table reads """
     path = os.path.join(os.path.expanduser(folder), 'results.json')
     again = f"finish the run, or python train.py --out_dir={folder} --eval_only=True"
     try:
@@ -56,7 +56,7 @@ def read_results(folder):
     return results
 
 def read_runs(folders):
-    """ -> a row of the table for every reading of every run """
+    """ the rows of the table, a list of dicts: one for every reading of every run (raw, ema, raw_as_ar, ...) """
     table = []
     for folder in folders:
         results = read_results(folder)
@@ -67,15 +67,21 @@ def read_runs(folders):
     return table
 
 def order_nats(folder, n_windows, view):
-    """ {order: (nats per token, standard error over windows)} of a run, or of what its weights can be read as; ar has one order """
-    model, state = load(folder, ckpt='latest', weights='raw', view=view or None) # what the scoreboard read
-    corpus, found, ordered = Corpus(state['settings']['dataset']), {}, hasattr(model, 'nll_order')
+    """
+    {order: (nats per token, standard error over windows)} of a run. view: the objective as which its weights are read,
+    '' for its own. ar has one order, left_to_right; an objective without any exact likelihood has none.
+    """
+    model, state = load(folder, ckpt='latest', weights='raw', view=view or None) # as the scoreboard did
+    corpus, found = Corpus(state['settings']['dataset']), {}
+    ordered = hasattr(model, 'nll_order')
     check_data(folder, state['meta'], corpus)
     there = corpus.n_windows('val', model.row_length)
     check(there > 1, f"{folder}: val has {there} windows of {model.row_length} tokens, expected at least 2")
     step, n = max(1, there // n_windows), min(there, n_windows)
-    spaced = [batch['idx'] for batch in itertools.islice(corpus.windows('val', 1, model.row_length), 0, step * n, step)]
-    for order in models.ORDERS if ordered else ['left_to_right'] if model.bound_name == 'nll' else []:
+    windows = itertools.islice(corpus.windows('val', 1, model.row_length), 0, step * n, step)
+    spaced = [batch['idx'] for batch in windows]
+    names = models.ORDERS if ordered else ['left_to_right'] if model.bound_name == 'nll' else []
+    for order in names:
         means = []
         for i in range(0, n, batch_size):
             idx = torch.from_numpy(np.concatenate(spaced[i:i + batch_size]))
@@ -88,6 +94,7 @@ def order_nats(folder, n_windows, view):
     return found
 
 def show(table):
+    """ print the table, the best run first """
     names = list(models.ORDERS) if orders else []
     titles = ['run', 'reading', 'parameters', 'tokens seen', 'nats/token', '+- Monte Carlo', '+- windows', 'perplexity',
               'random windows', *names]

@@ -2,8 +2,10 @@
 Pictures from settings or a config alone; no checkpoint, no training.
 $ python -m tools.plot scheduling_matrix config/df_published.py
 $ python -m tools.plot mask config/train_arithmetic.py
-$ python -m tools.plot mask --objective=bd3lm --attention=hierarchical --segments=question:4,plan:8,check:4,execution:16 --block_size=32 --diffusion_block_size=4
-$ python -m tools.plot scheduling_matrix --df_scheduling_matrix=trapezoid --df_uncertainty_scale=2 --horizon=12 --output=trapezoid.png
+$ python -m tools.plot mask --objective=bd3lm --attention=hierarchical --block_size=32 --diffusion_block_size=4 \
+      --segments=question:4,plan:8,check:4,execution:16
+$ python -m tools.plot scheduling_matrix --df_scheduling_matrix=trapezoid --df_uncertainty_scale=2 --horizon=12 \
+      --output=trapezoid.png
 """
 import itertools
 import os
@@ -30,12 +32,14 @@ MOST = 8192 ** 2 # cells of a matrix: nobody sees more, and it must fit into mem
 def plot_scheduling_matrix(config, axes):
     """ rows: network calls, downwards; columns: tokens of a chunk; dark is noise """
     S = config.df_sampling_timesteps
-    waits = S if config.df_scheduling_matrix == 'autoregressive' else config.df_uncertainty_scale # after a token, at most
+    # network calls between a token and the next, at most
+    waits = S if config.df_scheduling_matrix == 'autoregressive' else config.df_uncertainty_scale
     check(not (S + horizon * waits) * horizon > MOST, f"horizon is {horizon}, which is too much for a picture")
-    matrix = scheduling_matrix(config.df_scheduling_matrix, horizon, config.df_sampling_timesteps, config.df_uncertainty_scale)
+    matrix = scheduling_matrix(config.df_scheduling_matrix, horizon, S, config.df_uncertainty_scale)
     image = axes.imshow(matrix.numpy(), cmap='Purples', aspect='auto', interpolation='nearest')
     axes.figure.colorbar(image, label='noise level (index)')
-    axes.set(title=f"{config.df_scheduling_matrix}, uncertainty scale {config.df_uncertainty_scale:g}: {len(matrix) - 1} network calls for {horizon} tokens",
+    axes.set(title=f"{config.df_scheduling_matrix}, uncertainty scale {config.df_uncertainty_scale:g}: "
+                   f"{len(matrix) - 1} network calls for {horizon} tokens",
              xlabel='token of the chunk', ylabel='network calls made')
 
 def segments_of(dataset):
@@ -45,7 +49,10 @@ def segments_of(dataset):
     return prepare.read_meta(dataset).get('segments', '')
 
 def plot_mask(config, axes):
-    """ rows look at columns where it is dark; of two streams the noisy copy (xt) comes first, then the clean one (x0); lines between segments """
+    """
+    A dark cell: the row (query) sees the column (key). Of two streams the noisy copy (xt) comes first, then the clean
+    one (x0). Lines separate segments.
+    """
     kind, T = OBJECTIVES[objective], config.block_size
     streams = 1 + getattr(kind, 'two_streams', False)
     check((streams * T) ** 2 <= MOST, f"block_size is {T}, which is too much for a picture")
@@ -55,21 +62,26 @@ def plot_mask(config, axes):
     check(total in (0, T), f"segments {config.segments} add up to {total}, block_size is {T}")
     cut = config.diffusion_block_size if config.attention == 'block' or streams == 2 else None
     ids = block_ids(config.attention, T, cut, config.lengths)
-    mask = dense_mask(ids.repeat(streams), torch.arange(streams * T) < T * (streams - 1), config.clean_causal, question=0 if config.causal_within_block else None)
+    noisy = torch.arange(streams * T) < T * (streams - 1)
+    question = 0 if config.causal_within_block else None
+    mask = dense_mask(ids.repeat(streams), noisy, config.clean_causal, question=question)
     axes.imshow(mask.numpy(), cmap='Purples', interpolation='nearest', vmax=1.5)
     lengths = config.lengths or [T]
     names = [part.partition(':')[0] if ':' in part else '' for part in (config.segments or '').split(',')]
-    labels = [f"{name or f'segment {i}' if config.lengths else 'text'}{stream}" for stream in ((' xt', ' x0') if streams == 2 else ('',)) for i, name in enumerate(names)]
+    names = [name or f'segment {i}' if config.lengths else 'text' for i, name in enumerate(names)]
+    labels = [name + stream for stream in ((' xt', ' x0') if streams == 2 else ('',)) for name in names]
     edges = [0, *itertools.accumulate(lengths * streams)]
     for edge in edges[1:-1]:
         axes.axhline(edge - 0.5, color='tab:orange', linewidth=0.8)
         axes.axvline(edge - 0.5, color='tab:orange', linewidth=0.8)
     for name, axis in ('x', axes.secondary_xaxis('top')), ('y', axes.secondary_yaxis('right')):
-        getattr(axis, f'set_{name}ticks')([(a + b - 1) / 2 for a, b in zip(edges, edges[1:])], labels, rotation=90 if name == 'x' else 0)
+        middles = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:])]
+        getattr(axis, f'set_{name}ticks')(middles, labels, rotation=90 if name == 'x' else 0)
         axis.tick_params(length=0)
     blocks = f", blocks of {cut}" if cut else ''
     axes.set(xlabel='Key position', ylabel='Query position')
-    axes.set_title(f"{objective}, attention {config.attention}{blocks}{', causal within blocks' * config.causal_within_block}: {int(mask.sum()):,} pairs", pad=12)
+    causal = ', causal within blocks' * config.causal_within_block
+    axes.set_title(f"{objective}, attention {config.attention}{blocks}{causal}: {int(mask.sum()):,} pairs", pad=12)
 
 PICTURES = {'mask': plot_mask, 'scheduling_matrix': plot_scheduling_matrix}
 

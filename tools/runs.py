@@ -1,5 +1,5 @@
 """
-What the tools share: which runs and options were named, what their settings may be, and how a table is kept.
+What the tools share: how contenders are written, how settings are checked, and how a table is saved.
 """
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ from prepare import PrepareError, provider
 
 @contextlib.contextmanager
 def sentences():
-    """ what whoever typed the command can mend, memory too, ends in a sentence; everything else keeps its traceback """
+    """ an error that the person at the keyboard can mend, such as too little memory, ends in a sentence """
     try:
         yield
     except (PrepareError, UserError) as e:
@@ -31,20 +31,23 @@ def sentences():
         fail("out of memory: ask for less at once, such as a smaller batch_size or fewer samples")
 
 def as_command(main):
-    """ a tool as a command, which whoever reads its output may leave, and whoever started it may stop """
+    """ run main of a tool as a command. It ends quietly if the reader of its output has ended, or on Ctrl-C """
     try:
         try:
             main()
         finally:
-            print(end='', flush=True) # here, where it can be caught
-    except BrokenPipeError: # whoever reads what we print, such as head, has enough
-        os._exit(141) # as if by SIGPIPE, and at once: python would flush again, and complain
+            print(end='', flush=True) # flush here, where a BrokenPipeError can be caught
+    except BrokenPipeError: # the program that reads our output, such as head, has ended
+        os._exit(141) # the exit code of SIGPIPE; at once, because python would flush again and complain
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
 
 def check_sizes(settings, **least):
-    """ settings: {name: value}; least: the smallest value of some. Seed and threads have the same limits everywhere """
+    """
+    A UserError if a setting is out of range. settings: {name: value}; least: the smallest value of some of them. Seed
+    and threads have the same limits in all tools.
+    """
     limits = {name: (low, 10 ** 9) for name, low in least.items()}
     limits |= {'threads': (0, 1024), 'seed': (0, 2 ** 64 - 1)} # what torch can take
     for name, (low, high) in limits.items():
@@ -52,7 +55,7 @@ def check_sizes(settings, **least):
             check(low <= settings[name] <= high, f"{name} is {settings[name]}, expected {low:,} to {high:,}")
 
 def value(text):
-    """ an option as typed: a number where it is one, None, True, False, else a name """
+    """ the value of an option as typed: a number, None, True or False if it reads as one, else the text """
     for kind in int, float:
         try:
             return kind(text)
@@ -79,14 +82,14 @@ def contenders(names):
     return found
 
 def split_view(name):
-    """ 'folder' or 'folder:view' -> (folder, view or None), ~ resolved; what is a folder as it stands has no view """
+    """ 'folder' or 'folder:view' -> (folder, view or None), ~ resolved. An existing folder of that name has no view """
     folder, colon, view = os.path.expanduser(name).rpartition(':')
     if not colon or os.path.isdir(os.path.expanduser(name)):
         return os.path.expanduser(name), None
     return folder, view or None
 
 def load(name, where='cpu', ckpt='best', weights='ema', view=None):
-    """ 'folder' or 'folder:view' of a run -> (model, its checkpoint's dict) """
+    """ 'folder' or 'folder:view' of a run -> (model, its checkpoint as a dict); view: the objective to read it as """
     folder, named = split_view(name)
     path = os.path.join(folder, f'ckpt_{ckpt}.pt')
     state = models.read_checkpoint(path)
@@ -95,9 +98,9 @@ def load(name, where='cpu', ckpt='best', weights='ema', view=None):
     return models.load_checkpoint(state, where, weights, provider(dataset).get('OBJECTIVES', {}), view or named)
 
 def check_options(name, model, objective, options, ours):
-    """ are these options of generate, with values that it can use? ours: those that the tool itself gives """
+    """ a UserError unless all options are arguments of generate, with values that it can use. ours: set by the tool """
     parameters = inspect.signature(model.generate).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) # it hands on what it does not know
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) # **more: another function will judge them
     takes = [k for k in (options if anything else parameters) if k not in ours]
     for option in options:
         close = nearest(option, takes)
@@ -105,29 +108,32 @@ def check_options(name, model, objective, options, ours):
     models.check_options(options)
 
 def check_data(folder, meta, corpus, *more):
-    """ was the run in `folder`, whose checkpoint has `meta`, trained on what the dataset is now? more: keys of meta """
+    """
+    A UserError if the dataset is no longer what the run was trained on. folder, meta: of the run and its checkpoint;
+    more: keys of meta that must be equal, besides the tokenizer's.
+    """
     for k in 'tokenizer', 'chars', *more:
         was, now = meta.get(k), corpus.meta.get(k)
         check(was == now, f"{folder} was trained on other data than {corpus.folder} has now: "
               f"{k} was {was!r} and is {now!r}; prepare it as it was")
 
 def check_output(path):
-    """ better said before the work than after it """
+    """ a UserError if no file can be written at path: said before the work rather than after it """
     path = os.path.abspath(os.path.expanduser(path))
     check(not os.path.isdir(path), f"cannot write {path}: it is a folder, expected a file")
     folder = os.path.dirname(path)
-    while not os.path.exists(folder): # it will be made
+    while not os.path.exists(folder): # such folders will be made
         folder = os.path.dirname(folder)
     check(os.path.isdir(folder), f"cannot write {path}: {folder} is no folder")
     check(os.access(folder, os.W_OK), f"cannot write {path}: no permission to write into {folder}")
 
 def write_json(path, content):
-    """ all of it or nothing; nan and infinities, which JSON does not have, become null """
+    """ write the file completely or not at all. nan and infinities, which JSON does not have, become null """
     with prepare.replacing(os.path.expanduser(path)) as (temporary,), open(temporary, 'w', encoding='utf-8') as f:
         json.dump(finite(content), f, indent=2, allow_nan=False)
 
 def finite(content):
-    """ lists and dicts with None in place of what is no finite number """
+    """ the same lists and dicts, with None in place of nan and infinities """
     if isinstance(content, dict):
         return {k: finite(v) for k, v in content.items()}
     if isinstance(content, (list, tuple)):
@@ -135,5 +141,5 @@ def finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 def with_error(number, error, digits):
-    """ '1.23 +- 0.04'; of a single text there is no error to say """
+    """ '1.23 +- 0.04', or '1.23' if the error is nan, as for a single text """
     return f'{number:.{digits}f}' + (f' +- {error:.{digits}f}' if math.isfinite(error) else '')
