@@ -97,7 +97,8 @@ def test_gpt2_without_network(tmp_path):
 @pytest.mark.parametrize('kind', ['char', 'byte', 'gpt2'])
 def test_bins_are_the_encoding_and_meta_their_sums(kind, gpt2, tmp_path):
     last = '<|endoftext|>\n' * 100
-    texts = {'a/1.txt': BOOK, 'a/2.txt': 'z' * 3000, 'b/3.txt': '', 'b/c/4.txt': last.replace('\n', '\r\n'), 'b/5.md': '#'}
+    texts = {'a/1.txt': BOOK, 'a/2.txt': 'z' * 3000, 'b/3.txt': '', 'b/c/4.txt': last.replace('\n', '\r\n'),
+             'b/5.md': '#'}
     for name, text in texts.items():
         write(tmp_path / name, text)
     prepare.prepare('text', str(tmp_path / 'out'), kind, input=f'{tmp_path}/**/*.txt', val_fraction=0.3)
@@ -184,8 +185,9 @@ def test_all_or_nothing(victim, book, tmp_path, monkeypatch):
 
 SAID = 'One day,\tsaid she,\n\n\nit is “late” 😀.\nNo?'
 ENDS = {'unix': '\n', 'windows': '\r\n', 'old mac': '\r'}
-MARKED = {'no mark': ('', 'utf-8'), 'utf-8': ('\ufeff', 'utf-8'), 'utf-16, little end': ('\ufeff', 'utf-16-le'),
-          'utf-16, big end': ('\ufeff', 'utf-16-be'), 'utf-32, little end': ('\ufeff', 'utf-32-le'), 'utf-32, big end': ('\ufeff', 'utf-32-be')}
+MARKED = {'no mark': ('', 'utf-8'), 'utf-8': ('\ufeff', 'utf-8'),
+          'utf-16, little end': ('\ufeff', 'utf-16-le'), 'utf-16, big end': ('\ufeff', 'utf-16-be'),
+          'utf-32, little end': ('\ufeff', 'utf-32-le'), 'utf-32, big end': ('\ufeff', 'utf-32-be')}
 
 @pytest.mark.parametrize('mark', MARKED)
 @pytest.mark.parametrize('end', ENDS)
@@ -203,8 +205,10 @@ def test_mixed_line_ends_and_what_is_no_line_end(tmp_path):
 @pytest.mark.parametrize('data, says', [
     (b'', 'is empty'), (b'\xef\xbb\xbf', 'is empty'), ('\ufeff'.encode('utf-16-le'), 'is empty'),
     (b'\xff\xfea', 'is not UTF-16 text'), ('\ufeffa'.encode('utf-16-le') + b'\x00\xd8', 'is not UTF-16 text'),
-    (b'ab\x00c', 'has a NUL character at position 2'), ('a text'.encode('utf-16-le'), 'has a NUL character at position 1'),
-    ('a text'.encode('utf-16-be'), 'save it as UTF-8'), (b'\x89PNG\r\n\x1a\n\x00\x00', 'is not UTF-8 text: byte 0x89 at offset 0')])
+    (b'ab\x00c', 'has a NUL character at position 2'),
+    ('a text'.encode('utf-16-le'), 'has a NUL character at position 1'),
+    ('a text'.encode('utf-16-be'), 'save it as UTF-8'),
+    (b'\x89PNG\r\n\x1a\n\x00\x00', 'is not UTF-8 text: byte 0x89 at offset 0')])
 def test_what_is_no_text(tmp_path, data, says):
     path = str(write(tmp_path / 'a.txt', data))
     for read in (lambda: prepare.read_text(path), lambda: prepare.prepare('text', str(tmp_path / 'out'), input=path),
@@ -217,7 +221,9 @@ def test_every_reader_of_text_takes_every_line_end(tmp_path, monkeypatch):
     article = ' \n = {} = \n \n Some = equal = signs . \n'
     text = ''.join(map(article.format, ('One', 'Two'))) * 9
     found = {}
-    for kind, change in ('unix', str), ('windows', lambda text: '\ufeff' + text.replace('\n', '\r\n')), ('trimmed', lambda text: text.replace(' \n', '\n')):
+    changes = {'unix': str, 'windows': lambda text: '\ufeff' + text.replace('\n', '\r\n'),
+               'trimmed': lambda text: text.replace(' \n', '\n')}
+    for kind, change in changes.items():
         for name in 'train', 'valid', 'test':
             write(tmp_path / kind / f'{name}.txt', change(text))
         for name, place in ('text', 'train.txt'), ('shakespeare_char', 'train.txt'), ('wikitext2', ''):
@@ -278,7 +284,8 @@ def test_download(server, tmp_path):
         assert os.listdir(bad) == []
     refused('shakespeare_char', f'--url={DEAD}', f'--dataset={bad}', says=['no connection', DEAD, '--input='])
     refused('wikitext2', f'--url={server.url}', '--sha256=1,2', says='three')
-    refused('wikitext2', f'--url={server.url}', '--tokenizer=byte', f'--dataset={bad}', says=['/train.txt has the checksum', '2d84b35a'])
+    refused('wikitext2', f'--url={server.url}', '--tokenizer=byte', f'--dataset={bad}',
+            says=['/train.txt has the checksum', '2d84b35a'])
     sums = ','.join([good[9:]] * 3)
     assert run('wikitext2', f'--url={server.url}', f'--sha256={sums}', '--tokenizer=byte', f'--dataset={out}')[0] == 0
     assert server.asked[-3:] == ['/train.txt', '/valid.txt', '/test.txt']
@@ -333,11 +340,17 @@ def test_damaged_files_never_end_in_a_traceback(book):
     """ any change to meta.json and to a bin is either harmless or a sentence """
     hypothesis = pytest.importorskip('hypothesis')
     st, meta, val = hypothesis.strategies, json.loads((book / 'meta.json').read_text()), (book / 'val.bin').read_bytes()
-    anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(['char', 'byte', 'uint32', 'float64']),
-                            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(['train', 'val', 'tokens']), inner, max_size=2), max_leaves=4)
-    changed = st.dictionaries(st.sampled_from(sorted(meta)), anything, min_size=1, max_size=2).map(lambda changes: json.dumps({**meta, **changes}).encode())
-    without = st.sampled_from(sorted(meta)).map(lambda key: json.dumps({k: v for k, v in meta.items() if k != key}).encode())
-    bits = st.binary(max_size=9) | st.integers(0, len(val)).map(lambda n: val[:n]) | st.binary(min_size=2, max_size=2).map(lambda two: val[:-2] + two)
+    leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    leaf |= st.sampled_from(['char', 'byte', 'uint32', 'float64'])
+    keys = st.sampled_from(['train', 'val', 'tokens'])
+    inside = lambda inner: st.lists(inner, max_size=2) | st.dictionaries(keys, inner, max_size=2)
+    anything = st.recursive(leaf, inside, max_leaves=4)
+    known = st.sampled_from(sorted(meta))
+    changed = st.dictionaries(known, anything, min_size=1, max_size=2)
+    changed = changed.map(lambda changes: json.dumps({**meta, **changes}).encode())
+    without = known.map(lambda key: json.dumps({k: v for k, v in meta.items() if k != key}).encode())
+    cut = st.integers(0, len(val)).map(lambda n: val[:n])
+    bits = st.binary(max_size=9) | cut | st.binary(min_size=2, max_size=2).map(lambda two: val[:-2] + two)
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None)
     @hypothesis.given(st.just(json.dumps(meta).encode()) | changed | without | st.binary(), st.just(val) | bits)
@@ -354,7 +367,8 @@ def test_damaged_files_never_end_in_a_traceback(book):
     law()
 
 def test_plain_text_has_no_segments(book):
-    for args, says in ((str(book), 16, 'plan'), 'skip=plan leaves out segments, and .*book is plain text'), ((str(book), 0), 'block_size=0 is what segments add up to'):
+    for args, says in [((str(book), 16, 'plan'), 'skip=plan leaves out segments, and .*book is plain text'),
+                       ((str(book), 0), 'block_size=0 is what segments add up to')]:
         with pytest.raises(PrepareError, match=says):
             prepare.open_corpus(*args)
     corpus, n = prepare.open_corpus(str(book), 16)
@@ -375,7 +389,8 @@ def test_ensure(book, tmp_path, monkeypatch, capsys):
         prepare.ensure('text')
     assert prepare.ensure('python_docs') == prepare.ensure('python_docs') == str(tmp_path / 'data' / 'python_docs')
     assert capsys.readouterr().out.count('preparing') == 1 and Corpus('python_docs').tokens('val')
-    write(tmp_path / 'data' / 'mine' / 'prepare.py', "tokenizer = 'char'\ndef corpus():\n    return {'train': ['ab'], 'val': ['b']}\n")
+    script = "tokenizer = 'char'\ndef corpus():\n    return {'train': ['ab'], 'val': ['b']}\n"
+    write(tmp_path / 'data' / 'mine' / 'prepare.py', script)
     with pytest.raises(PrepareError, match='no dict of splits and closed'):
         prepare.ensure('mine')
     assert prepare.data_folder('./x') == './x' and prepare.data_folder('a/b') == 'a/b'
@@ -384,14 +399,21 @@ def test_ensure(book, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch, capsys):
-    """ own(signature, *argv, segments=''): `python prepare.py mine ARGV` with that corpus() -> (exit code, stdout, stderr, meta.json) """
+    """
+    own(signature, *argv, segments='', lines=''): `python prepare.py mine ARGV`, where the parameters of corpus() are as
+    in signature -> (exit code, stdout, stderr, meta.json)
+    """
     def run(signature, *argv, segments='', lines=''):
         document = "{'question': 'why', 'plan': 'so'}" if segments else "'why'"
-        code = f"""\"\"\" My words, n times. \"\"\"\n{lines}\ntokenizer = 'char'\n{segments and f'segments = {segments!r}'}
+        code = f"""
+\"\"\" My words, n times. \"\"\"
+{lines}
+tokenizer = 'char'
+{segments and f'segments = {segments!r}'}
 def corpus({signature}):
     print('told', {{key: value for key, value in locals().items()}})
     return {{'splits': {{'train': [{document}] * 3, 'val': [{document}]}}, 'closed': True, 'source': 'made up'}}
-"""
+""".lstrip()
         write(tmp_path / 'data' / 'mine' / 'prepare.py', code)
         monkeypatch.setattr(sys, 'dont_write_bytecode', True) # two scripts of one second and one length would be one
         monkeypatch.setattr(prepare, '_DATA', str(tmp_path / 'data'))
@@ -409,22 +431,30 @@ SIGNATURE = "n=500, share=0.5, word='so', loud=False, seed=0"
 
 def test_a_parameter_of_corpus_is_a_setting(own):
     everything = dict(n=500, share=0.5, word='so', loud=False, seed=0)
-    for argv, told in [([], {}), (['--n=300'], dict(n=300)), (['--n=3e2', '--share=1', '--word=1e3', '--loud=True', '--seed=-7'], dict(n=300, share=1.0, word='1e3', loud=True, seed=-7)),
+    for argv, told in [([], {}), (['--n=300'], dict(n=300)),
+                       (['--n=3e2', '--share=1', '--word=1e3', '--loud=True', '--seed=-7'],
+                        dict(n=300, share=1.0, word='1e3', loud=True, seed=-7)),
                        (['--word='], dict(word='')), (['--n=500', '--loud=false'], {})]:
         code, out, err, meta = own(SIGNATURE, *argv)
         assert code == 0 and err == '' and f'told {everything | told}' in out, err
         assert meta['settings'] == everything | told and meta['source'] == 'made up'
         assert [type(v) for v in meta['settings'].values()] == [int, float, str, bool, int]
-    for argv, says in [('--n=2.5', 'n must be int (default 500), got float 2.5'), ('--n=abc', 'n must be int'), ('--n=True', 'n must be int'), ('--n=', 'n must be int'),
-                       ('--share=half', 'share must be float (default 0.5)'), ('--loud=1', 'loud must be bool (default False)'), ('--n', '--n needs a value, e.g. --n=500'),
-                       ('--wrd=a', 'unknown setting wrd on the command line; did you mean word?'), ('--m=3', 'unknown setting m'), ('--folder=x', 'unknown setting folder')]:
+    for argv, says in [('--n=2.5', 'n must be int (default 500), got float 2.5'), ('--n=abc', 'n must be int'),
+                       ('--n=True', 'n must be int'), ('--n=', 'n must be int'),
+                       ('--share=half', 'share must be float (default 0.5)'),
+                       ('--loud=1', 'loud must be bool (default False)'),
+                       ('--n', '--n needs a value, e.g. --n=500'),
+                       ('--wrd=a', 'unknown setting wrd on the command line; did you mean word?'),
+                       ('--m=3', 'unknown setting m'), ('--folder=x', 'unknown setting folder')]:
         code, out, err, meta = own('folder, ' + SIGNATURE, argv)
         assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and says in err and meta is None, err
 
 def test_a_parameter_without_a_default_must_be_given(own):
     assert "mine needs to know its n: python prepare.py mine --n=..." in own('n, word="a"')[2]
-    assert own('n, word="a"', '--n=3')[3]['settings'] == {'n': 3, 'word': 'a'} == own('*, n, word="a", **more', '--n=3')[3]['settings']
-    assert 'mine needs to know its input: python prepare.py mine --input=...' in own('input')[2] and own('input', '--input=')[0] == 2
+    three = own('n, word="a"', '--n=3')[3]['settings']
+    assert three == {'n': 3, 'word': 'a'} == own('*, n, word="a", **more', '--n=3')[3]['settings']
+    assert 'mine needs to know its input: python prepare.py mine --input=...' in own('input')[2]
+    assert own('input', '--input=')[0] == 2
     assert own('input', '--input=3')[3]['settings'] == {'input': '3'} # text, as prepare.py's own setting is
 
 def test_a_type_without_a_default(own):
@@ -435,7 +465,8 @@ def test_a_type_without_a_default(own):
     for text, value in ('2.5', 2.5), ('-1', -1), ('True', True), ('abc', 'abc'), ('', ''), ('[1]', '[1]'):
         found = own(signature, f'--a={text}', '--b=-2')[3]['settings']
         assert found == dict(a=value, b=-2, c=None, d=None) and type(found['a']) is type(value)
-    for argv, says in ('--b=2.5', 'b must be int (default None), got float 2.5'), ('--b=None', 'b must be int'), ('--c=x', 'c must be float or None'):
+    for argv, says in [('--b=2.5', 'b must be int (default None), got float 2.5'), ('--b=None', 'b must be int'),
+                       ('--c=x', 'c must be float or None')]:
         assert says in own(signature, '--a=1', argv)[2]
     assert own('n: "int"', '--n=3', lines='from __future__ import annotations')[3]['settings'] == {'n': 3}
 
@@ -447,32 +478,42 @@ def test_what_is_no_scalar_is_no_setting(own):
 
 def test_a_name_of_prepare_py_keeps_its_meaning(own, tmp_path):
     """ whatever the default of corpus() for it is """
-    _, out, _, meta = own('folder, fields, tokenizer="word", dataset=None, val_fraction=0, name="x"', '--val_fraction=0.25', '--tokenizer=byte', '--name=y')
-    told = dict(folder=str(tmp_path / 'data' / 'mine'), fields=[], tokenizer='byte', dataset='mine', val_fraction=0.25, name='y')
+    _, out, _, meta = own('folder, fields, tokenizer="word", dataset=None, val_fraction=0, name="x"',
+                          '--val_fraction=0.25', '--tokenizer=byte', '--name=y')
+    told = dict(folder=str(tmp_path / 'data' / 'mine'), fields=[], tokenizer='byte', dataset='mine', val_fraction=0.25,
+                name='y')
     assert f'told {told}' in out and meta['tokenizer'] == 'byte'
     assert meta['settings'] == {k: v for k, v in told.items() if k not in ('folder', 'fields')}
     plain = own('tokenizer="word", val_fraction=0')
     assert plain[3]['settings'] == dict(tokenizer='char', val_fraction=0) and plain[3]['tokenizer'] == 'char'
     lengths = own('fields, too_long="never", plan_len=7', '--plan_len=9', segments='question:8,plan:8')
-    assert lengths[3]['settings'] == dict(too_long='drop', plan_len=9) and lengths[3]['segments'] == 'question:8,plan:9' and "['question', 'plan']" in lengths[1]
+    assert lengths[3]['settings'] == dict(too_long='drop', plan_len=9)
+    assert lengths[3]['segments'] == 'question:8,plan:9' and "['question', 'plan']" in lengths[1]
     assert own('tokenizer=""')[3]['settings'] == {'tokenizer': 'char'}
     with pytest.raises(PrepareError, match='mine has no use for --folder, only for tokenizer'):
         prepare.prepare('mine', str(tmp_path / 'out'), folder='x')
 
 def test_help_shows_what_a_dataset_takes(own, capsys):
     code, out, _, _ = own(SIGNATURE + ', val_fraction=0.2', '--help')
-    assert code == 0 and out.startswith('My words, n times.\n\n--n=500\n--share=0.5\n--word=so\n--loud=False\n--seed=0\n--val_fraction=0.2')
+    begins = 'My words, n times.\n\n--n=500\n--share=0.5\n--word=so\n--loud=False\n--seed=0\n--val_fraction=0.2'
+    assert code == 0 and out.startswith(begins)
     lines = {line.split('=')[0]: line for line in out.splitlines() if line.startswith('--')}
-    assert [*lines][5:] == ['--val_fraction', '--dataset', '--tokenizer'] and 'byte or gpt2' in lines['--tokenizer'] and 'becomes val' in lines['--val_fraction']
-    assert '--plan_len=0' in own('n', '--help', segments='question:8,plan:8')[1] and '--n=None' in own('n', '--help')[1] and '--n=None' in own('n: int', '--help')[1]
+    assert [*lines][5:] == ['--val_fraction', '--dataset', '--tokenizer']
+    assert 'byte or gpt2' in lines['--tokenizer'] and 'becomes val' in lines['--val_fraction']
+    assert '--plan_len=0' in own('n', '--help', segments='question:8,plan:8')[1]
+    assert '--n=None' in own('n', '--help')[1] and '--n=None' in own('n: int', '--help')[1]
     with pytest.raises(SystemExit):
         prepare.main(['--help'])
-    assert 'too_long=drop' in (out := capsys.readouterr().out) and not any(f'--{key}=' in out for key in ('difficulty', 'max_records', 'marks', 'seed'))
+    out = capsys.readouterr().out
+    assert 'too_long=drop' in out
+    assert not any(f'--{key}=' in out for key in ('difficulty', 'max_records', 'marks', 'seed'))
 
 def test_suggestions_are_among_what_is_expected(own):
-    for argv, suggests in ('--plan_ln=3', None), ('--quetsion_len=3', None), ('--tokeniser=byte', 'tokenizer'), ('--inptu=x', None), ('--wodr=x', 'word'):
+    for argv, suggests in [('--plan_ln=3', None), ('--quetsion_len=3', None), ('--tokeniser=byte', 'tokenizer'),
+                           ('--inptu=x', None), ('--wodr=x', 'word')]:
         err = own(SIGNATURE, argv)[2]
-        assert 'unknown setting' in err and (f'did you mean {suggests}?' in err if suggests else 'did you mean' not in err), err
+        assert 'unknown setting' in err
+        assert f'did you mean {suggests}?' in err if suggests else 'did you mean' not in err, err
     assert 'did you mean plan_len?' in own('n=1', '--plan_ln=3', segments='question:8,plan:8')[2]
     assert 'mine has no use for --plan_len, only for n, dataset, tokenizer' in own('n=1', '--plan_len=3')[2]
     with pytest.raises(PrepareError, match='mine has no use for --number, only for n$'):
@@ -484,7 +525,8 @@ def test_suggestions_are_among_what_is_expected(own):
 
 def test_memory_that_does_not_suffice_is_a_sentence(own):
     code, _, err, meta = own('n=[][:1]', lines='def full(*a): raise MemoryError\nprint = full')
-    assert (code, meta) == (2, None) and err == 'error: out of memory: prepare a part of it, such as fewer files or records\n'
+    assert (code, meta) == (2, None)
+    assert err == 'error: out of memory: prepare a part of it, such as fewer files or records\n'
 
 # ~, which no shell replaces behind an =
 
@@ -494,8 +536,10 @@ def test_a_tilde_is_the_home_folder(own, tmp_path, monkeypatch):
         write(tmp_path / 'home' / name, BOOK)
     write(tmp_path / 'home' / 'in' / 'r.json', json.dumps([dict(question='a', plan='b', execution='c')] * 3))
     for split in 'train', 'test':
-        write(tmp_path / 'home' / 'in' / f'{split}.jsonl', 2 * (json.dumps(dict(question='a', answer='b\n#### 1')) + '\n'))
-    for name, place in [('text', 'a.txt'), ('text', ''), ('text', '*.txt'), ('text', '**/a.t?t'), ('shakespeare_char', 'a.txt'), ('records', 'r.json'), ('wikitext2', ''), ('gsm8k', '')]:
+        problem = json.dumps(dict(question='a', answer='b\n#### 1')) + '\n'
+        write(tmp_path / 'home' / 'in' / f'{split}.jsonl', 2 * problem)
+    for name, place in [('text', 'a.txt'), ('text', ''), ('text', '*.txt'), ('text', '**/a.t?t'),
+                        ('shakespeare_char', 'a.txt'), ('records', 'r.json'), ('wikitext2', ''), ('gsm8k', '')]:
         prepare.main([name, f'--input=~/in/{place}', '--dataset=~/out/x', '--tokenizer=byte'])
         meta = json.loads((tmp_path / 'home' / 'out' / 'x' / 'meta.json').read_text())
         assert meta['dataset'] == name and meta['settings']['input'] == f'{tmp_path}/home/in/{place}'
@@ -516,11 +560,12 @@ def test_any_text_can_be_shown(tmp_path, encoding):
     folder = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9 \xe2\x80\x9c')
     records = [dict(question='“wh\x00y” 日本', plan='é', execution='\ud83d\ude00 \x80')] * 4
     path = write(tmp_path / 'r.json', json.dumps(records))
+    as_is = dict(PYTHONIOENCODING=encoding, encoding=encoding.split(':')[0])
     for name, place in ('records', path), ('text', write(tmp_path / 'a.txt', 'é“日本😀' * 50)):
-        code, out, err = run(name, f'--input={place}', f'--dataset={folder}/{name}', PYTHONIOENCODING=encoding, encoding=encoding.split(':')[0])
+        code, out, err = run(name, f'--input={place}', f'--dataset={folder}/{name}', **as_is)
         assert code == 0 and err == '' and 'preparing' in out, err
         assert Corpus(f'{folder}/text').meta['chars'] == 'é“日本😀' if name == 'text' else '[execution]' in out
-    code, _, err = run('text', f'--input={folder}/none', PYTHONIOENCODING=encoding, encoding=encoding.split(':')[0])
+    code, _, err = run('text', f'--input={folder}/none', **as_is)
     assert code == 2 and 'no file matches' in err and 'Traceback' not in err
 
 @pytest.mark.parametrize('argv', ['--help', 'text --help', 'arithmetic --max_records=200', 'nonsense'])
@@ -528,7 +573,8 @@ def test_a_reader_that_has_enough_ends_it_quietly(tmp_path, argv):
     """ as `| head -c 3` does; and where stderr is the same pipe """
     for both in False, True:
         command = [sys.executable, 'prepare.py', *argv.split(), *([f'--dataset={tmp_path}/out'] if '=' in argv else [])]
-        done = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE, bufsize=0)
+        to = subprocess.STDOUT if both else subprocess.PIPE
+        done = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=to, bufsize=0)
         done.stdout.close()
         err = b'' if both else done.stderr.read()
         code = done.wait(60)
