@@ -114,7 +114,7 @@ def follow(clone, command, *more):
     return in_process(*shlex.split(command)[1:], *more, folder=clone)
 
 def cut_down(command):
-    """ a command that trains -> (run folder, flags to add); a second command for the same folder gets another folder """
+    """ a command that trains -> (run folder, flags to add); another command for the same folder gets its own folder """
     out = folder_of(command)
     out = out if MAKES.get(out) == command else f'out-again-{COMMANDS.index(command)}'
     wide = 'gpt2_124m' in command or '10m' in command
@@ -207,7 +207,8 @@ def test_readme_s_loss_is_that_of_mdlm():
     """ the seven lines, run many times, have the mean of MDLM's loss on the same weights """
     code = next(code for code in PYTHON if 'idx.masked_fill(masked' in code)
     torch.manual_seed(0)
-    mdlm = models.MDLM(models.GPTConfig(block_size=8, vocab_size=6, mask_id=5, text_size=5, n_layer=1, n_head=1, n_embd=8, init='gpt2'))
+    mdlm = models.MDLM(models.GPTConfig(block_size=8, vocab_size=6, mask_id=5, text_size=5, n_layer=1, n_head=1,
+                                        n_embd=8, init='gpt2'))
     torch.nn.init.normal_(mdlm.lm_head.weight)
     idx = torch.randint(5, (64, 8))
     names = dict(torch=torch, F=torch.nn.functional, idx=idx, B=64, T=8, mask_id=5, network=lambda xt: mdlm(xt)[0])
@@ -221,16 +222,18 @@ def test_readme_s_loss_is_that_of_mdlm():
     assert (ours.mean() - theirs.mean()).abs() < 4 * error
 
 def test_readme_s_own_objective(clone):
-    """ uniform noise from outside: trains below the loss of a blind guess, claims no bound, keeps what a prompt gives """
+    """ uniform noise: the loss falls below that of a blind guess, it claims no bound, and a prompt is kept """
     code, data = next(code for code in PYTHON if 'class Uniform' in code), clone / 'data' / 'shakespeare_char'
     (data / 'provider.py').write_text(code)
     sizes = [arg for arg in SIZES if 'max_iters' not in arg]
-    args = ['config/train_shakespeare_char.py', '--objective=uniform', '--out_dir=out-uniform', *sizes, '--max_iters=200', '--warmup_iters=10']
+    args = ['config/train_shakespeare_char.py', '--objective=uniform', '--out_dir=out-uniform', *sizes,
+            '--max_iters=200', '--warmup_iters=10']
     text = in_process('train.py', *args, folder=clone)
     assert 'ce is no bound' in text and 'nelbo' not in text
     score = json.loads((clone / 'out-uniform' / 'results.json').read_text())['weights']['raw']['scoreboard']
     assert score['nats_per_token'] < 0.95 * math.log(prepare.read_meta(str(data))['end_id'])
-    text = in_process('sample.py', '--out_dir=out-uniform', '--start=All [[5]]and', '--max_new_tokens=4', '--num_samples=2', folder=clone)
+    text = in_process('sample.py', '--out_dir=out-uniform', '--start=All [[5]]and', '--max_new_tokens=4',
+                      '--num_samples=2', folder=clone)
     assert len(re.findall(r'All .{5}and.{4}\n-', text, re.S)) == 2
     (data / 'provider.py').unlink()
 

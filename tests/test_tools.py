@@ -351,7 +351,7 @@ def said(here, command, *more):
     assert text.strip().splitlines()[-1].startswith('error: ') and 'Traceback' not in text
     return text.strip().splitlines()[-1]
 
-@pytest.mark.parametrize('command, sentence', [
+WRONG = [ # (command, a part of its sentence)
     ('answers', 'name the folders'), ('answers {nowhere}', 'there is no checkpoint'),
     ('answers {ar}', 'was trained on plain text'), ('answers {asked},magic=1', 'no use for magic'),
     ('answers {asked},stop=3', 'no use for stop'),
@@ -441,7 +441,9 @@ def said(here, command, *more):
     ('bench objective=ar --seed=-1', 'seed is -1'),
     ('bench objective=ar,batch_size=1000000000,block_size=100000', 'out of memory'),
     ('bench objective=ar --samples=1 --new_tokens=1000000000000', 'new_tokens is 1000000000000'),
-], ids=lambda v: v[:60] if ' ' in v or v.islower() else None)
+]
+
+@pytest.mark.parametrize('command, sentence', WRONG, ids=lambda v: v[:60] if ' ' in v or v.islower() else None)
 def test_what_is_typed_wrong_is_one_sentence(wrong, here, command, sentence):
     tool, *args = command.split()
     small = SMALL + ' --repetitions=1 --samples=1' if tool == 'bench' else ''
