@@ -21,7 +21,7 @@ length says: first its tokens, then an end id, then pad ids.
 
 A prepared folder has one SPLIT.bin per split, raw token ids as uint16 (uint32 if they need it), and meta.json.
 meta.json is written last: a folder without it is not prepared. Ids of text come first, then end, begin, [MASK], pad.
-All ids in a .bin are below text_size, except pads between segments.
+All ids in a .bin are below text_size, except the pads of records.
 """
 import codecs
 import contextlib
@@ -127,10 +127,10 @@ def check_sum(path, expected, came_from=''):
 @contextlib.contextmanager
 def replacing(*paths):
     """
-    Yields a list with a temporary name for each path. If the block succeeds, the temporary files are renamed to the
-    paths, in this order. If it fails, they are removed and the files at the paths stay as they were. The existence of
-    the last path means that the others are complete, so its old version is removed before the others are replaced.
-    An OSError (no permission, disk full) becomes a PrepareError.
+    Yields a list with a temporary name for each path, for files that the block writes. If the block succeeds, these
+    files are renamed to the paths, in this order. If it fails, they are removed, and the files at the paths stay as
+    they were. If the last path exists, the others are complete: so its old version is removed before the others are
+    replaced. An OSError (no permission, disk full) becomes a PrepareError.
     """
     temporary = [f"{path}.{os.getpid()}.tmp" for path in paths] # same folder: a rename cannot cross disks
     try:
