@@ -1,5 +1,6 @@
 """
-Laws of the samplers: what they have in common, what each one promises, what an order means (P-numbers as in test_diffusion).
+Laws of the samplers: what they have in common, what each one promises, what an order means.
+P-numbers are those of test_diffusion.
 """
 import dataclasses
 import inspect
@@ -17,23 +18,41 @@ from torch.nn import functional as F
 
 import sample
 import model as models
-from model import ACCEPTS, ORDERS, QUOTAS, SAMPLERS, SCHEDULES, UserError, entropy, leading, ranks, reverse_steps, spread
+from model import ACCEPTS, ORDERS, QUOTAS, SAMPLERS, SCHEDULES, UserError
+from model import entropy, leading, ranks, reverse_steps, spread
 from prepare import PrepareError, Tokenizer, vocabulary
 from test_diffusion import build, tiny
 
-KINDS = [('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)), ('bd3lm', dict(diffusion_block_size=3, begin_id=6)), ('denoise', {}),
-         ('mdlm', dict(attention='hierarchical', segments='2,2,4'))]
-every_kind = pytest.mark.parametrize('kind', KINDS, ids=lambda k: '-'.join([k[0], *map(str, k[1].values())]))
-EVERY_WAY = [dict(sampler=s, **more) for s in SAMPLERS for more in
-             [*([dict(order=o) for o in ('random', *ORDERS)] if 'order' in SAMPLERS[s] else [{}]),
-              *([dict(steps=3), dict(steps=5, schedule='cosine'), dict(steps=4, remask=0.5)] if 'steps' in SAMPLERS[s] else [])]]
-every_way = pytest.mark.parametrize('way', EVERY_WAY, ids=lambda w: '-'.join(map(str, w.values())))
+KINDS = [
+    ('mdlm', {}),
+    ('bd3lm', dict(diffusion_block_size=4)),
+    ('bd3lm', dict(diffusion_block_size=3, begin_id=6)),
+    ('denoise', {}),
+    ('mdlm', dict(attention='hierarchical', segments='2,2,4')),
+]
+
+def label(options):
+    """ the values of some options, as the id of a test """
+    return '-'.join(map(str, options.values()))
+every_kind = pytest.mark.parametrize('kind', KINDS, ids=lambda kind: label({'objective': kind[0], **kind[1]}))
+
+def ways(sampler):
+    """ every choice of options that a sampler has a use for: its orders, and its steps """
+    orders = [dict(order=order) for order in ('random', *ORDERS)] if 'order' in SAMPLERS[sampler] else [{}]
+    steps = [dict(steps=3), dict(steps=5, schedule='cosine'), dict(steps=4, remask=0.5)]
+    more = orders + steps if 'steps' in SAMPLERS[sampler] else orders
+    return [dict(sampler=sampler, **options) for options in more]
+EVERY_WAY = [way for sampler in SAMPLERS for way in ways(sampler)]
+IN_ORDER = [way for way in EVERY_WAY if way.get('order', 'random') != 'random']
+every_way = pytest.mark.parametrize('way', EVERY_WAY, ids=label)
 
 def write(model, prompt, n, seed=0, **options):
     """ -> (what was written, [(idx, probs, state) of every call]) """
     calls = []
+    def on_step(step, idx, probs, state):
+        calls.append((idx.clone(), probs, state))
     torch.manual_seed(seed)
-    out = model.generate(prompt, n, on_step=lambda step, idx, probs, state: calls.append((idx.clone(), probs, state)), **options)
+    out = model.generate(prompt, n, on_step=on_step, **options)
     return out, calls
 
 def revealed(calls):
@@ -41,8 +60,11 @@ def revealed(calls):
     return [len(probs) for _, probs, _ in calls]
 
 def same(a, b):
-    """ token for token, call for call """
-    return torch.equal(a[0], b[0]) and len(a[1]) == len(b[1]) and all(torch.equal(x[0], y[0]) for x, y in zip(a[1], b[1]))
+    """ whether two results of write are equal, token for token and call for call """
+    (out, calls), (other_out, other_calls) = a, b
+    if not torch.equal(out, other_out) or len(calls) != len(other_calls):
+        return False
+    return all(torch.equal(x[0], y[0]) for x, y in zip(calls, other_calls))
 
 def empty(rows=1):
     return torch.zeros(rows, 0, dtype=torch.long)
@@ -53,7 +75,7 @@ def empty(rows=1):
 @every_way
 @torch.no_grad()
 def test_given_text_stays_and_nothing_is_left_hidden(kind, way):
-    """ P13: gaps of different lengths on both sides of given text, a model that is eager to write [MASK] """
+    """ P13: gaps of different lengths on both sides of given text, and a model that is eager to write [MASK] """
     way = dict(way, steps=way['steps'] + 2) if 'steps' in way else way # at least one per block
     model = build(kind[0], **kind[1])
     torch.nn.init.constant_(model.lm_head.weight[7], 5.0)
@@ -61,15 +83,20 @@ def test_given_text_stays_and_nothing_is_left_hidden(kind, way):
     prompt = torch.randint(5, (40, 8))
     prompt[:, 2:] = prompt[:, 2:].masked_fill(torch.rand(40, 6) < 0.6, -1)
     out, calls = write(model, prompt, 0, **way)
-    assert out.min() >= 0 and out.max() < 5 and torch.equal(out[prompt != -1], prompt[prompt != -1])
+    given = prompt != -1
+    assert out.min() >= 0 and out.max() < 5
+    assert torch.equal(out[given], prompt[given])
     for idx, probs, state in calls:
-        assert torch.equal(idx[prompt != -1], prompt[prompt != -1]) and idx.max() < 5
-        assert torch.equal(idx[:, :state['done']], out[:, :state['done']]) # settled for good
+        done = state['done']
+        assert torch.equal(idx[given], prompt[given])
+        assert idx.max() < 5
+        assert torch.equal(idx[:, :done], out[:, :done]) # settled for good
     assert calls[-1][2]['done'] == 8
     if 'remask' not in way: # P13: what is written stays
-        assert all(torch.equal(b[0][a[0] != -1], a[0][a[0] != -1]) for a, b in zip(calls, calls[1:]))
+        for (before, *_), (after, *_) in zip(calls, calls[1:]):
+            assert torch.equal(after[before != -1], before[before != -1])
 
-@pytest.mark.parametrize('way', [w for w in EVERY_WAY if w.get('order', 'random') != 'random'], ids=lambda w: '-'.join(map(str, w.values())))
+@pytest.mark.parametrize('way', IN_ORDER, ids=label)
 @pytest.mark.parametrize('guidance', [0.0, 1.5])
 @torch.no_grad()
 def test_batch_is_row_by_row(way, guidance):
@@ -85,69 +112,96 @@ def test_batch_is_row_by_row(way, guidance):
             alone, _ = write(model, given[None], 0, temperature=0, guidance=guidance, **way)
             assert torch.equal(alone[0], row)
 
-STEPS = [dict(sampler=sampler, **more) for sampler in ('fixed', 'ancestral') for more in (
-    {}, dict(steps=7), dict(steps=4, schedule='cosine'), dict(steps=9, remask=0.5), dict(remask=0.3))]
+OF_STEPS = [
+    {},
+    dict(steps=7),
+    dict(steps=4, schedule='cosine'),
+    dict(steps=9, remask=0.5),
+    dict(remask=0.3),
+]
+STEPS = [dict(sampler=sampler, **more) for sampler in ('fixed', 'ancestral') for more in OF_STEPS]
 
 @pytest.mark.parametrize('way', STEPS, ids=str)
 @torch.no_grad()
 def test_steps_are_a_row_s_own(way, monkeypatch):
-    """ rows that fill different blocks, one of them none: each as if alone; the slowest row decides the calls """
+    """
+    Rows that fill different blocks, one of them none, are written as if alone.
+    The slowest row decides the number of calls.
+    """
     in_blocks = [build('bd3lm', block_size=12, begin_id=6, diffusion_block_size=n) for n in (3, 4)]
-    alike = lambda shape, **more: (torch.arange(shape[1]) * 0.37 % 1).expand(shape) # in all rows
-    quota = lambda hidden, total, t, s: torch.where(s > 0, (t * 20 + total).long() % 3, hidden.sum(1)) # sometimes none
+    def alike(shape, **more): # the same numbers in all rows
+        return (torch.arange(shape[1]) * 0.37 % 1).expand(shape)
+    def quota(hidden, total, t, s): # 0, 1 or 2 before the last step
+        return torch.where(s > 0, (t * 20 + total).long() % 3, hidden.sum(1))
+    all_gaps = range(1, 12), range(5, 8), (1, 2, 9, 10, 11), (), (3, 8)
     monkeypatch.setattr(torch, 'rand', alike)
     monkeypatch.setitem(QUOTAS, 'ancestral', quota)
     for model in (*in_blocks, build('mdlm', block_size=12)):
         torch.manual_seed(3)
         prompt, alone = torch.randint(5, (5, 12)), []
-        for row, gaps in zip(prompt, (range(1, 12), range(5, 8), (1, 2, 9, 10, 11), (), (3, 8))):
+        for row, gaps in zip(prompt, all_gaps):
             row[list(gaps)] = -1
         together, calls = write(model, prompt, 0, temperature=0, **way)
         for given, row in zip(prompt, together):
             out, own = write(model, given[None], 0, temperature=0, **way)
-            assert torch.equal(out[0], row) and len(own) <= way.get('steps', 11)
+            assert torch.equal(out[0], row)
+            assert len(own) <= way.get('steps', 11)
             alone.append(len(own))
         assert max(alone) <= len(calls) <= sum(alone)
-        plan = model.plan(prompt == -1, way.get('steps'), way['sampler'])
+        steps, sampler = way.get('steps'), way['sampler']
+        plan = model.plan(prompt == -1, steps, sampler)
         for b, row in enumerate(prompt == -1):
-            own = model.plan(row, way.get('steps'), way['sampler'])
-            own = [(start, s, e, int(n)) for start, _, blocks in own for s, e, n in blocks]
-            assert own == [(start, s, e, int(n[b])) for start, _, blocks in plan for s, e, n in blocks if n[b]]
+            alone = model.plan(row, steps, sampler)
+            own = [(start, s, e, int(n)) for start, _, blocks in alone for s, e, n in blocks]
+            shared = [(start, s, e, int(n[b])) for start, _, blocks in plan for s, e, n in blocks if n[b]]
+            assert own == shared
 
 def test_steps_of_rows_by_hand():
-    """ t and s of each row, as reverse_steps has them, then 1 and 0; a quota reads them row by row """
+    """ each row has the t and s of reverse_steps, then 1 and 0; a quota reads them row by row """
+    numbers = 2, 0, 3, 2
     for schedule in SCHEDULES:
-        found = [torch.stack(pair, 1).tolist() for pair in models.row_steps(torch.tensor([2, 0, 3, 2]), schedule)]
-        for b, n in enumerate((2, 0, 3, 2)):
-            assert [tuple(pairs[b]) for pairs in found] == reverse_steps(n, schedule) + [(1, 0)] * (3 - n)
+        steps = models.row_steps(torch.tensor(numbers), schedule)
+        found = [torch.stack(pair, 1).tolist() for pair in steps]
+        for b, n in enumerate(numbers):
+            expected = reverse_steps(n, schedule) + [(1, 0)] * (3 - n)
+            assert [tuple(pairs[b]) for pairs in found] == expected
     hidden, total = torch.ones(3, 12).bool(), torch.tensor([12, 12, 12])
     t, s = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.5, 1.0])
     assert QUOTAS['fixed'](hidden, total, t, s).tolist() == [12, 6, 0]
-    many = torch.stack([QUOTAS['ancestral'](hidden, total, t, s) for _ in range(1000)]).double().mean(0)
-    assert many[0] == 12 and many[2] == 0 and abs(many[1].item() - 6) < 0.3
+    many = torch.stack([QUOTAS['ancestral'](hidden, total, t, s) for _ in range(1000)])
+    mean = many.double().mean(0)
+    assert mean[0] == 12
+    assert mean[2] == 0
+    assert abs(mean[1].item() - 6) < 0.3
 
 @torch.no_grad()
 def test_what_there_is_to_write_decides_the_shape():
     """ (B, T + n) for no rows, no prompt and nothing to write, in every class """
     every_model = [build('ar'), build('ar', begin_id=6), build('df'), build('df', df_objective='pred_x0')]
     every_model += [build(kind[0], **kind[1]) for kind in KINDS]
-    for model in every_model:
-        for B, T, n in [(0, 0, 0), (0, 3, 0), (0, 0, 4), (0, 3, 4), (2, 0, 0), (2, 4, 0), (2, 3, 1)]:
-            idx = torch.ones(B, T, dtype=torch.long)
-            for stop in None, 1:
-                out = model.generate(idx, n, stop=stop, on_step=lambda *step: None)
-                assert out.shape == (B, T + n) and out.dtype == torch.long and torch.equal(out[:, :T], idx)
-        assert (idx == 1).all() # the prompt is nobody's to write on
+    sizes = [(0, 0, 0), (0, 3, 0), (0, 0, 4), (0, 3, 4), (2, 0, 0), (2, 4, 0), (2, 3, 1)]
+    for model, (B, T, n) in itertools.product(every_model, sizes):
+        idx = torch.ones(B, T, dtype=torch.long)
+        for stop in None, 1:
+            out = model.generate(idx, n, stop=stop, on_step=lambda *step: None)
+            assert out.shape == (B, T + n)
+            assert out.dtype == torch.long
+            assert torch.equal(out[:, :T], idx)
+        assert (idx == 1).all() # generate does not write on the prompt
 
 @every_way
 @torch.no_grad()
 def test_a_stop_token_ends_every_row_by_itself(way):
     for kind, more in ('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)):
         model, prompt = build(kind, **more), torch.full((12, 2), 3)
-        out, _ = write(model, prompt, 12, stop=3, temperature=3.0, **dict(way, **({'steps': 8} if 'steps' in way else {})))
-        lengths = [row.index(3) if 3 in row else 12 for row in out[:, 2:].tolist()]
-        assert torch.equal(out[:, :2], prompt) and out.min() >= 0 and len(set(lengths)) > 2
-        assert all(set(row[n:]) <= {3} for row, n in zip(out[:, 2:].tolist(), lengths))
+        options = way | dict(steps=8) if 'steps' in way else way
+        out, _ = write(model, prompt, 12, stop=3, temperature=3.0, **options)
+        written = out[:, 2:].tolist()
+        lengths = [row.index(3) if 3 in row else 12 for row in written]
+        assert torch.equal(out[:, :2], prompt)
+        assert out.min() >= 0
+        assert len(set(lengths)) > 2
+        assert all(set(row[n:]) <= {3} for row, n in zip(written, lengths))
 
 SEGMENTED = [
     ('mdlm', dict(attention='hierarchical', segments='2,2,4')),
@@ -159,10 +213,22 @@ SEGMENTED = [
     ('mdlm', dict(attention='block', segments='2,2,4', diffusion_block_size=2)),
 ]
 
+def segments_that_stopped(row, T, edges):
+    """ how many segments of a row stopped before their end; after its first stop a segment must hold stops only """
+    stopped = 0
+    for a, z in zip(edges, [*edges[1:-1], len(row)]):
+        own = row[max(a, T):z]
+        assert 3 not in own or set(own[own.index(3):]) == {3}
+        stopped += 3 in own[:-1]
+    return stopped
+
 @pytest.mark.parametrize('kind', SEGMENTED, ids=str)
 @torch.no_grad()
 def test_a_stop_ends_its_segment_wherever_the_text_ends(kind):
-    """ within a segment, in the question, past the context, where the last segment goes on and a hierarchy says no """
+    """
+    The text ends within a segment, in the question, or past the context. There the last segment goes on,
+    and a hierarchy refuses.
+    """
     model = build(kind[0], **kind[1])
     model.unseen[3] = 1.0 # stops enough
     edges, stopped = [0, *itertools.accumulate(model.config.lengths)], 0
@@ -173,14 +239,12 @@ def test_a_stop_ends_its_segment_wherever_the_text_ends(kind):
         if T + n > 8 and model.config.attention == 'hierarchical':
             with pytest.raises(UserError, match='a hierarchy has 8 tokens'):
                 model.generate(prompt, n, stop=3, **way)
-        else:
-            out = model.generate(prompt, n, stop=3, temperature=2.0, **way)
-            assert out.shape == (6, T + n) and torch.equal(out[:, :T], prompt) and out.min() >= 0
-            for row in out.tolist():
-                for a, z in zip(edges, [*edges[1:-1], T + n]):
-                    own = row[max(a, T):z]
-                    assert 3 not in own or set(own[own.index(3):]) == {3}
-                    stopped += 3 in own[:-1]
+            continue
+        out = model.generate(prompt, n, stop=3, temperature=2.0, **way)
+        assert out.shape == (6, T + n)
+        assert torch.equal(out[:, :T], prompt)
+        assert out.min() >= 0
+        stopped += sum(segments_that_stopped(row, T, edges) for row in out.tolist())
     assert stopped > 15
 
 @pytest.mark.parametrize('more, N', [(dict(attention='hierarchical'), 8), ({}, 8), (dict(begin_id=6), 14)])
@@ -188,126 +252,174 @@ def test_a_stop_ends_its_segment_wherever_the_text_ends(kind):
 def test_nobody_sees_what_follows_the_block_of_a_stop(more, N, monkeypatch):
     """ a plan that stopped is read up to its stop, in a new window too, as if the rest of it did not exist """
     model, calls = build('bd3lm', segments='2,4,2', diffusion_block_size=1, **more), []
-    note = lambda step, idx, probs, state: calls.append(probs[0])
     script = torch.tensor([1, 2, 0, 3, 3, 3] + [4, 1] * 4) # column 3 is the stop
-    written = iter([2, 3, *range(6, N)])
+    columns_written = [2, 3, *range(6, N)]
+    written = iter(columns_written)
     monkeypatch.setattr(models, 'draw', lambda probs: script[[next(written)]])
-    out = model.generate(script[None, :2], N - 2, stop=3, on_step=note)
-    assert out[0].tolist() == script[:N].tolist() and len(calls) == N - 4
+    def on_step(step, idx, probs, state):
+        calls.append(probs[0])
+    out = model.generate(script[None, :2], N - 2, stop=3, on_step=on_step)
+    assert out[0].tolist() == script[:N].tolist()
+    assert len(calls) == N - 4
     lead = model.lead
-    for c, probs in zip([2, 3, *range(6, N)], calls):
+    for c, probs in zip(columns_written, calls):
         start = 0 if c < 8 else c // 4 * 4 - 4
         columns = torch.tensor([j for j in range(start, c + 1) if j not in (4, 5)])
         text = script[columns].masked_fill(columns == c, 7)
-        text, pos = F.pad(text, (lead, 0), value=6)[None], F.pad(columns - start + lead, (lead, 0))
+        text = F.pad(text, (lead, 0), value=6)[None]
+        pos = F.pad(columns - start + lead, (lead, 0))
         ids = F.pad(model.ids[columns - start] + lead, (lead, 0))
         states = model.trunk(model.embed(text, pos), pos, models.dense_mask(ids))
-        assert torch.allclose(model.logits(states[0, -1]).softmax(-1), probs.double(), atol=1e-6), c
+        expected = model.logits(states[0, -1]).softmax(-1)
+        assert torch.allclose(expected, probs.double(), atol=1e-6), c
 
 @torch.no_grad()
 def test_every_call_is_counted():
-    """ NFE, against the passes through the trunk; a guided call is two """
+    """ NFE is the number of passes through the trunk; a guided call is two """
     for kind, more in ('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)):
         model = build(kind, **more)
         rows, trunk = [], model.trunk
         model.trunk = lambda x, *a, **k: rows.append(len(x)) or trunk(x, *a, **k)
-        for way in EVERY_WAY:
-            for guidance in 0.0, 0.5:
-                rows.clear()
-                _, calls = write(model, torch.tensor([[1, 2]] * 3), 6, guidance=guidance, **way)
-                assert calls[-1][2]['nfe'] == sum(rows) // 3 and set(rows) == {3 + 3 * (guidance > 0)} and len(calls) == len(rows)
+        for way, guidance in itertools.product(EVERY_WAY, (0.0, 0.5)):
+            rows.clear()
+            _, calls = write(model, torch.tensor([[1, 2]] * 3), 6, guidance=guidance, **way)
+            assert calls[-1][2]['nfe'] == sum(rows) // 3
+            assert set(rows) == {3 + 3 * (guidance > 0)}
+            assert len(calls) == len(rows)
 
 @pytest.mark.parametrize('sampler', list(SAMPLERS))
 @torch.no_grad()
 def test_logits_only_where_they_are_needed(sampler):
-    """ in random order only of what is revealed; all that is hidden where an order or a bound must see them """
+    """ in random order for the revealed tokens only; for all hidden ones where an order or a bound needs them """
     model, seen = build('mdlm'), []
     logits = model.logits
     model.logits = lambda x: seen.append(len(x)) or logits(x)
     for order in 'random', 'margin':
-        if order == 'random' or 'order' in SAMPLERS[sampler]:
-            seen.clear()
-            _, calls = write(model, empty(2), 8, sampler=sampler, order=order)
-            before = [16] + [int((idx == -1).sum()) for idx, *_ in calls[:-1]]
-            assert seen == (before if order == 'margin' or sampler in ACCEPTS else revealed(calls))
+        if order != 'random' and 'order' not in SAMPLERS[sampler]:
+            continue
+        seen.clear()
+        _, calls = write(model, empty(2), 8, sampler=sampler, order=order)
+        hidden = [16] + [int((idx == -1).sum()) for idx, *_ in calls[:-1]]
+        sees_all = order == 'margin' or sampler in ACCEPTS
+        assert seen == (hidden if sees_all else revealed(calls))
 
 @pytest.mark.parametrize('remask', [0.0, 0.5])
 @pytest.mark.parametrize('guidance', [0.0, 1.5])
 @torch.no_grad()
 def test_every_call_reads_what_stands(guidance, remask):
-    """ its distributions and its choice, from the text that the call before left; what is called settled stays """
+    """
+    The distributions and the choice of a call come from the text that the call before left.
+    What is called settled stays.
+    """
     model, given = build('mdlm'), torch.tensor([[1, 3, -1, -1, -1, 0, -1, -1]])
+    way = dict(sampler='fixed', order='confidence', steps=16, guidance=guidance, remask=remask)
     states = lambda x: model.logits(model.one_stream(x.masked_fill(x == -1, 7)))[0, :, :5]
     for seed in range(10):
-        out, calls = write(model, given, 8, seed, sampler='fixed', order='confidence', steps=16, guidance=guidance, remask=remask)
-        before, calls = given, [c for c in calls if (c[0][:, 8:] == -1).all()] # the first window
+        out, calls = write(model, given, 8, seed, **way)
+        calls = [call for call in calls if (call[0][:, 8:] == -1).all()] # the first window
+        before = given
         for idx, probs, state in calls:
             u = states(before.masked_fill(given != -1, -1))
             p = (u + (1 + guidance) * (states(before) - u)).softmax(-1)
             hidden = (before[0] == -1).nonzero()[:, 0].tolist()
-            first = sorted(hidden, key=lambda i: (-ORDERS['confidence'](p)[i].item(), i))[:len(probs)]
+            confidence = ORDERS['confidence'](p).tolist()
+            first = sorted(hidden, key=lambda i: (-confidence[i], i))[:len(probs)]
+            done = state['done']
             assert torch.allclose(probs[:, :5].double(), p[sorted(first)], atol=1e-5)
-            assert torch.equal(idx[:, :state['done']], out[:, :state['done']])
+            assert torch.equal(idx[:, :done], out[:, :done])
             before = idx[:, :8]
         assert len(calls) > 4
 
 # ---- orders
 
+SMALL_SPACES = [
+    ('mdlm', dict(V=2)),
+    ('bd3lm', dict(V=3, diffusion_block_size=2, begin_id=6)),
+]
+
 @pytest.mark.parametrize('order', list(ORDERS))
-@pytest.mark.parametrize('kind', [('mdlm', dict(V=2)), ('bd3lm', dict(V=3, diffusion_block_size=2, begin_id=6))])
+@pytest.mark.parametrize('kind', SMALL_SPACES)
 @torch.no_grad()
 def test_one_token_per_call_in_an_order_is_the_model_of_nll_order(kind, order):
-    """ chi-squared on a space small enough to list, bins that expect fewer than 5 pooled """
+    """ chi-squared on a space small enough to list; bins that expect fewer than 5 are pooled """
     model, x = tiny(kind[0], **kind[1])
     p, n, V = (-model.nll_order(x, x, order)[0].double()).exp(), 20000, kind[1]['V']
     out, calls = write(model, empty(n), 4, order=order)
     assert revealed(calls) == [n] * 4
-    counts = torch.bincount((out * V ** torch.arange(3, -1, -1)).sum(1), minlength=len(x)).double()
-    rare = p * n < 5
-    bins = [*zip(counts[~rare].tolist(), (p * n)[~rare].tolist()), *([(counts[rare].sum().item(), (p * n)[rare].sum().item())] if (p * n)[rare].sum() > 1 else [])]
+    number = (out * V ** torch.arange(3, -1, -1)).sum(1) # of each text among all
+    counts, expected = torch.bincount(number, minlength=len(x)).double(), p * n
+    rare = expected < 5
+    bins = [*zip(counts[~rare].tolist(), expected[~rare].tolist())]
+    if expected[rare].sum() > 1:
+        bins.append((counts[rare].sum().item(), expected[rare].sum().item()))
     chi2, df = sum((c - e) ** 2 / e for c, e in bins), len(bins) - 1
     assert chi2 < df + 4 * math.sqrt(2 * df) + 8
 
 @torch.no_grad()
 def test_an_order_looks_at_the_model_alone():
     """ at temperature 1, before top_k and top_p: the first token to be revealed is the same whatever is drawn """
-    model = build('mdlm')
+    model, prompt = build('mdlm'), torch.tensor([[1, 4]])
+    draws = {}, dict(temperature=0), dict(temperature=5.0), dict(top_k=1), dict(top_p=0.1)
     for order in ORDERS:
-        first = [(write(model, torch.tensor([[1, 4]]), 6, seed, order=order, **how)[1][0][0] != -1).tolist()
-                 for seed, how in enumerate([{}, dict(temperature=0), dict(temperature=5.0), dict(top_k=1), dict(top_p=0.1)])]
-        assert all(f == first[0] for f in first) and sum(first[0][0]) == 3
+        first = []
+        for seed, how in enumerate(draws):
+            _, calls = write(model, prompt, 6, seed, order=order, **how)
+            first.append((calls[0][0] != -1).tolist())
+        assert all(f == first[0] for f in first)
+        assert sum(first[0][0]) == 3
 
 @torch.no_grad()
-@pytest.mark.parametrize('kind, favourite', [('mdlm', 'margin'), ('bd3lm', 'left_to_right'), ('denoise', 'random')])
+@pytest.mark.parametrize('kind, favourite', [
+    ('mdlm', 'margin'),
+    ('bd3lm', 'left_to_right'),
+    ('denoise', 'random'),
+])
 def test_the_order_nobody_chose(kind, favourite):
-    """ is the class's own; random where a fixed number is revealed, not chosen for being sure """
-    model, prompt = build(kind, **({'diffusion_block_size': 4} if kind == 'bd3lm' else {})), torch.tensor([[1], [4]])
-    for way, order in ({}, favourite), (dict(sampler='threshold'), favourite), (dict(sampler='fixed', steps=5), 'random'):
-        found = {o: write(model, prompt, 7, **way, order=o) for o in (None, 'random', *ORDERS)}
-        assert [o for o in ('random', *ORDERS) if same(found[None], found[o])] == [order]
+    """ is the class's favourite; but `fixed` reveals a number of tokens however unsure they are, so random """
+    more = dict(diffusion_block_size=4) if kind == 'bd3lm' else {}
+    model, prompt = build(kind, **more), torch.tensor([[1], [4]])
+    every_order = 'random', *ORDERS
+    for way, order in [
+        ({}, favourite),
+        (dict(sampler='threshold'), favourite),
+        (dict(sampler='fixed', steps=5), 'random'),
+    ]:
+        found = {o: write(model, prompt, 7, **way, order=o) for o in (None, *every_order)}
+        assert [o for o in every_order if same(found[None], found[o])] == [order]
 
 def test_orders_by_hand():
     p = torch.tensor([[0.5, 0.5, 0.0], [0.6, 0.2, 0.2], [0.55, 0.4, 0.05]])
     first = {name: ORDERS[name](p).argmax().item() for name in ORDERS}
     assert first == {'left_to_right': 0, 'confidence': 1, 'entropy': 0, 'margin': 1}
     assert torch.allclose(entropy(p)[0], torch.tensor(math.log(2)))
-    key, hidden = torch.tensor([[2.0, 9.0, 1.0, 3.0, 3.0]]), torch.tensor([[True, False, True, True, True]])
-    assert ranks(key, hidden).tolist() == [[2, 4, 3, 0, 1]] and leading(key, hidden, torch.tensor([9])).tolist() == hidden.tolist()
+    key = torch.tensor([[2.0, 9.0, 1.0, 3.0, 3.0]])
+    hidden = torch.tensor([[True, False, True, True, True]])
+    assert ranks(key, hidden).tolist() == [[2, 4, 3, 0, 1]]
+    assert leading(key, hidden, torch.tensor([9])).tolist() == hidden.tolist()
     assert leading(key, hidden, torch.tensor([1])).int().tolist() == [[0, 0, 0, 1, 0]]
     assert spread(torch.tensor([5.0, 6.0, 7.0, 8.0]), hidden).tolist() == [[5, 0, 6, 7, 8]]
 
 @torch.no_grad()
 def test_confidence_decoding_by_hand():
-    """ P14: one token per call, temperature 0: the likeliest token at the position where it is likeliest; blocks of one: left to right """
+    """
+    P14: with one token per call and temperature 0, the likeliest token is written at the position where
+    it is likeliest. With blocks of one token every order is left to right.
+    """
     model, text = build('mdlm'), torch.full((1, 8), 7)
     out, calls = write(model, empty(), 8, order='confidence', temperature=0)
     for idx, *_ in calls:
         p = model.logits(model.one_stream(text)).softmax(-1)[0]
-        best = p.max(-1).values.round(decimals=4).masked_fill(text[0] != 7, -1).argmax() # where all is hidden all are alike
+        top = p.max(-1).values.round(decimals=4) # rounded, because where all is hidden all are alike
+        best = top.masked_fill(text[0] != 7, -1).argmax()
         text[0, best] = p[best].argmax()
         assert torch.equal(idx.masked_fill(idx == -1, 7), text)
     model = build('bd3lm', diffusion_block_size=1, begin_id=6)
-    assert len({tuple(write(model, torch.tensor([[2]]), 7, order=order, temperature=0)[0][0].tolist()) for order in ('random', *ORDERS)}) == 1
+    prompt = torch.tensor([[2]])
+    written = set()
+    for order in 'random', *ORDERS:
+        out, _ = write(model, prompt, 7, order=order, temperature=0)
+        written.add(tuple(out[0].tolist()))
+    assert len(written) == 1
 
 # ---- what each sampler promises
 
@@ -315,44 +427,70 @@ def test_confidence_decoding_by_hand():
 @pytest.mark.parametrize('order', ['random', *ORDERS])
 @torch.no_grad()
 def test_samplers_agree_where_they_reveal_one_token_per_call(kind, order):
-    """ fixed with as many steps as tokens, a threshold that nothing exceeds, no budget at all: first_hitting, token for token """
-    model, prompt = build(kind[0], **kind[1]), torch.tensor([[1, 2, 3], [4, -1, -1], [0, 2, -1]])
+    """
+    One token per call is revealed by `fixed` with as many steps as tokens, by a threshold that nothing
+    exceeds and by a budget of nothing. Each then writes what first_hitting writes, token for token.
+    """
+    model = build(kind[0], **kind[1])
+    prompt = torch.tensor([[1, 2, 3], [4, -1, -1], [0, 2, -1]])
     one = write(model, prompt, 5, order=order)
     assert max(revealed(one[1])) <= 3
-    for sampler, options in ('threshold', dict(confidence_threshold=1.1)), ('entropy_bound', dict(entropy_budget=0)):
-        other = write(model, prompt, 5, sampler=sampler, order=order, **options)
-        if order != 'random': # or else these, which look before they choose, use other random numbers
-            assert same(one, other), sampler
+    for way in [
+        dict(sampler='threshold', confidence_threshold=1.1),
+        dict(sampler='entropy_bound', entropy_budget=0),
+    ]:
+        other = write(model, prompt, 5, order=order, **way)
+        if order != 'random': # in random order these two look before they choose, so other numbers are drawn
+            assert same(one, other), way
         assert revealed(other[1]) == revealed(one[1])
     rows = prompt[[0, 0], :2] # fixed gives a row that has less to write fewer tokens per call
     one = write(model, rows, 6, order=order)
-    assert same(one, write(model, rows, 6, order=order, sampler='fixed')) and revealed(one[1]) == [2] * 6
+    assert same(one, write(model, rows, 6, order=order, sampler='fixed'))
+    assert revealed(one[1]) == [2] * 6
     if not model.blockwise:
         assert same(one, write(model, rows, 6, order=order, sampler='fixed', steps=6))
 
+def fixed_counts(totals, steps, schedule):
+    """ how many of `totals` tokens are revealed in each step, for every row: a list of `steps` numbers """
+    totals, counts = torch.tensor(totals), []
+    hidden = totals
+    for t, s in reverse_steps(steps, schedule):
+        row = torch.arange(20) < hidden[:, None]
+        counts.append(QUOTAS['fixed'](row, totals, t, s))
+        hidden = hidden - counts[-1]
+    return torch.stack(counts, 1).tolist()
+
+def follows_the_cosine(counts):
+    """ whether in every step at most one token more is left than the curve says, and not one less """
+    n, steps = sum(counts), len(counts)
+    for i in range(steps):
+        left = n - sum(counts[:i + 1])
+        curve = n * math.cos(math.pi / 2 * (i + 1) / steps)
+        if not -1e-6 < left - curve < 1 + 1e-6:
+            return False
+    return True
+
 @torch.no_grad()
 def test_fixed_splits_evenly():
-    """ P14: the counts of a block add up, differ by at most one when linear, follow the cosine when not; rows have their own """
-    for total in range(1, 20):
-        for steps in range(1, 25):
-            for schedule in SCHEDULES:
-                hidden, counts = torch.tensor([total, 7]), []
-                for t, s in reverse_steps(steps, schedule):
-                    row = torch.arange(20) < hidden[:, None]
-                    counts.append(QUOTAS['fixed'](row, torch.tensor([total, 7]), t, s).tolist())
-                    hidden = hidden - torch.tensor(counts[-1])
-                for own, n in zip(zip(*counts), (total, 7)):
-                    assert sum(own) == n and min(own) >= 0
-                    if schedule == 'linear':
-                        assert max(own) - min(own) <= 1
-                    else: # behind the curve by less than one token
-                        left = [n - sum(own[:i + 1]) for i in range(steps)]
-                        assert all(-1e-6 < k - n * math.cos(math.pi / 2 * (i + 1) / steps) < 1 + 1e-6 for i, k in enumerate(left))
+    """
+    P14: the counts of a block add up. They differ by at most one with the linear schedule, and follow
+    the curve with the cosine. Every row has its own.
+    """
+    for total, steps, schedule in itertools.product(range(1, 20), range(1, 25), SCHEDULES):
+        for counts, n in zip(fixed_counts([total, 7], steps, schedule), (total, 7)):
+            assert sum(counts) == n
+            assert min(counts) >= 0
+            if schedule == 'linear':
+                assert max(counts) - min(counts) <= 1
+            else:
+                assert follows_the_cosine(counts)
+    def of_each_call(model, n, **options):
+        return revealed(write(model, empty(), n, sampler='fixed', **options)[1])
     model = build('mdlm', block_size=32)
-    assert revealed(write(model, empty(), 32, sampler='fixed', steps=8)[1]) == [4] * 8
-    assert revealed(write(model, empty(), 32, sampler='fixed', steps=4, schedule='cosine')[1]) == [2, 7, 10, 13]
+    assert of_each_call(model, 32, steps=8) == [4] * 8
+    assert of_each_call(model, 32, steps=4, schedule='cosine') == [2, 7, 10, 13]
     model = build('bd3lm', diffusion_block_size=4)
-    assert revealed(write(model, empty(), 8, sampler='fixed', steps=4, order='margin')[1]) == [2] * 4
+    assert of_each_call(model, 8, steps=4, order='margin') == [2] * 4
 
 @torch.no_grad()
 def test_ancestral_follows_its_schedule():
@@ -361,45 +499,76 @@ def test_ancestral_follows_its_schedule():
     for schedule in SCHEDULES:
         _, calls = write(model, empty(2000), 8, sampler='ancestral', steps=4, schedule=schedule)
         left = [(idx == -1).double().mean().item() for idx, *_ in calls]
-        assert len(left) == 4 and left[-1] == 0
+        assert len(left) == 4
+        assert left[-1] == 0
         for (_, s), share in zip(reverse_steps(4, schedule), left):
             assert abs(share - s) < 4 * math.sqrt(s * (1 - s) / 16000) + 1e-9
-    assert [round(s, 3) for _, s in reverse_steps(3, 'cosine')] == [0.866, 0.5, 0.0] and reverse_steps(1, 'linear') == [(1, 0)]
+    assert [round(s, 3) for _, s in reverse_steps(3, 'cosine')] == [0.866, 0.5, 0.0]
+    assert reverse_steps(1, 'linear') == [(1, 0)]
+
+def check_threshold(p, hidden, new, bound, in_order):
+    """ all tokens above the threshold are new; if there is none, one token is: the first, if there is an order """
+    sure = [i for i in hidden if p[i].max() > bound]
+    if sure:
+        assert new == sure
+    else:
+        assert len(new) == min(1, len(hidden))
+        assert not in_order or new == by_margin(p, hidden)[:1]
+
+def check_entropy(p, hidden, new, bound, in_order):
+    """ the entropies of the new tokens, except for the largest, fit the budget; those of one more would not """
+    h = entropy(p)
+    def cost(where):
+        return sum(h[where]) - max(h[where])
+    assert not hidden or cost(new) <= bound + 1e-6
+    if not hidden or not in_order:
+        return
+    line = by_margin(p, hidden)
+    assert line[0] in new
+    if len(new) < len(hidden):
+        n = len(new)
+        assert set(new) == set(line[:n])
+        assert cost(line[:n + 1]) > bound - 1e-6
+
+def by_margin(p, hidden):
+    """ the hidden positions in the order of their margins, ties by position """
+    margin = ORDERS['margin'](p).tolist()
+    return sorted(hidden, key=lambda i: (-margin[i], i))
 
 @pytest.mark.parametrize('order', ['random', 'margin'])
 @torch.no_grad()
 def test_bounds_decide_by_what_is_predicted(order):
-    """ every call against its definition, with the distributions that a pass over the text so far gives """
+    """ every call obeys the definition of its sampler, given the distributions of a pass over the text so far """
     model = build('mdlm')
-    for sampler, name, bounds in ('threshold', 'confidence_threshold', (0.3, 0.5, 0.8)), ('entropy_bound', 'entropy_budget', (0.5, 2.0, 100.0)):
+    prompt = torch.tensor([[2, -1, -1, -1, 3, -1, -1, -1]] * 16)
+    for sampler, name, check, bounds in [
+        ('threshold', 'confidence_threshold', check_threshold, (0.3, 0.5, 0.8)),
+        ('entropy_bound', 'entropy_budget', check_entropy, (0.5, 2.0, 100.0)),
+    ]:
         several = 0
         for bound in bounds:
-            out, calls = write(model, torch.tensor([[2, -1, -1, -1, 3, -1, -1, -1]] * 16), 0, sampler=sampler, order=order, temperature=1.5, **{name: bound})
-            before = torch.tensor([[2, -1, -1, -1, 3, -1, -1, -1]] * 16)
+            way = {'sampler': sampler, name: bound}
+            out, calls = write(model, prompt, 0, order=order, temperature=1.5, **way)
+            before = prompt
             for idx, *_ in calls:
                 p = model.logits(model.one_stream(before.masked_fill(before == -1, 7))).softmax(-1)
                 for row, now, q in zip(before, idx, p):
-                    hidden, new = (row == -1).nonzero()[:, 0].tolist(), ((row == -1) & (now != -1)).nonzero()[:, 0].tolist()
+                    hidden = (row == -1).nonzero()[:, 0].tolist()
+                    new = ((row == -1) & (now != -1)).nonzero()[:, 0].tolist()
                     several += len(new) > 1
-                    first = max(hidden, key=lambda i: (ORDERS['margin'](q)[i].item(), -i), default=None)
-                    if sampler == 'threshold':
-                        sure = [i for i in hidden if q[i].max() > bound]
-                        assert new == sure if sure else len(new) == min(1, len(hidden)) and (order == 'random' or new == [first][:len(hidden)])
-                        continue
-                    h = entropy(q)
-                    assert not hidden or sum(h[new]) - max(h[new]) <= bound + 1e-6 and (order == 'random' or first in new)
-                    if order != 'random' and len(new) < len(hidden): # one more would have been too many
-                        line = sorted(hidden, key=lambda i: (-ORDERS['margin'](q)[i].item(), i))[:len(new) + 1]
-                        assert set(new) == set(line[:-1]) and sum(h[line]) - max(h[line]) > bound - 1e-6
+                    check(q, hidden, new, bound, order != 'random')
                 before = idx
         assert several
-    assert revealed(write(model, empty(), 8, sampler='entropy_bound', entropy_budget=100.0)[1]) == [8]
-    assert revealed(write(model, empty(), 8, sampler='threshold', confidence_threshold=0.0)[1]) == [8]
+    def of_each_call(**options):
+        return revealed(write(model, empty(), 8, **options)[1])
+    assert of_each_call(sampler='entropy_bound', entropy_budget=100.0) == [8]
+    assert of_each_call(sampler='threshold', confidence_threshold=0.0) == [8]
 
 def test_the_largest_entropy_is_free():
-    """ of a run of tokens in order, the largest entropy counts nothing: the others decide how far it goes """
+    """ the largest entropy of a run of tokens does not count, so the others decide how long the run is """
     p = torch.tensor([[0.5, 0.5, 0], [0.9, 0.1, 0], [1, 0, 0], [0.6, 0.3, 0.1]]) # entropies .69, .33, 0, .90
-    hidden, rank = torch.tensor([[True, False, True, True, True]]), torch.tensor([[1, 4, 2, 0, 3]])
+    hidden = torch.tensor([[True, False, True, True, True]])
+    rank = torch.tensor([[1, 4, 2, 0, 3]])
     order = [3, 0, 2, 4] # positions by rank: entropies 0, .69, .33, .90, so the others have 0, 0, .33, 1.02
     for bound, n in (0, 2), (0.32, 2), (0.33, 3), (1.01, 3), (1.02, 4), (math.inf, 4):
         chosen = ACCEPTS['entropy_bound'](hidden, rank, p, bound)
@@ -410,22 +579,35 @@ def test_the_largest_entropy_is_free():
 @pytest.mark.parametrize('sampler', ['fixed', 'ancestral'])
 @torch.no_grad()
 def test_remasking(sampler):
-    """ the least probable of what the block has written, never what is given, never a finished block, never after the last step """
-    for kind, more in ('mdlm', {}), ('bd3lm', dict(diffusion_block_size=8)), ('bd3lm', dict(diffusion_block_size=4, begin_id=6)):
+    """
+    The least probable of what the block has written is hidden again. Given text never is, a finished
+    block never is, and nothing is after the last step.
+    """
+    for kind, more in [
+        ('mdlm', {}),
+        ('bd3lm', dict(diffusion_block_size=8)),
+        ('bd3lm', dict(diffusion_block_size=4, begin_id=6)),
+    ]:
         model = build(kind, block_size=16, **more)
         prompt = torch.tensor([[1, 2, -1, 3], [4, -1, -1, -1]])
-        plain, none = (write(model, prompt, 12, sampler=sampler, steps=16, **o) for o in ({}, dict(remask=0.0)))
-        assert same(plain, none)
-        out, calls = write(model, prompt, 12, sampler=sampler, steps=16, remask=0.5)
-        assert out.min() >= 0 and torch.equal(out[:, :4][prompt != -1], prompt[prompt != -1])
+        def remasked(**remask):
+            return write(model, prompt, 12, sampler=sampler, steps=16, **remask)
+        plain = remasked()
+        assert same(plain, remasked(remask=0.0))
+        out, calls = remasked(remask=0.5)
+        assert out.min() >= 0
+        assert torch.equal(out[:, :4][prompt != -1], prompt[prompt != -1])
         states, again = [F.pad(prompt, (0, 12), value=-1)] + [idx for idx, *_ in calls], 0
+        n = model.config.diffusion_block_size or 16
         for a, b in zip(states, states[1:]):
-            gone, n = (a != -1) & (b == -1), model.config.diffusion_block_size or 16
+            gone = (a != -1) & (b == -1)
             again += gone.sum().item()
-            blocks = (a == -1).any(0).nonzero()[:, 0] // n # the current one is the first with a gap
-            assert not gone.any() or (gone.any(0).nonzero()[:, 0] // n == blocks.min()).all()
-        assert again > 0 and len(calls) <= 16
-        few, _ = write(model, prompt, 12, sampler=sampler, steps=16, remask=0.01) # less than one token
+            gaps = (a == -1).any(0).nonzero()[:, 0]
+            where = gone.any(0).nonzero()[:, 0]
+            assert (where // n == gaps.min() // n).all() # the current block is the first with a gap
+        assert again > 0
+        assert len(calls) <= 16
+        few, _ = remasked(remask=0.01) # less than one token
         assert torch.equal(few, plain[0])
 
 @torch.no_grad()
@@ -435,23 +617,30 @@ def test_remasking_takes_the_least_probable():
     logits = torch.tensor([0.6, 0.2, 0.1, 0.05, 0.05, 0, 0, 0]).log()
     model.logits = lambda x: logits.expand(*x.shape[:-1], -1)
     model.one_stream = lambda xt, ids, only: torch.zeros(len(only), 1)
-    out, calls = write(model, empty(200), 16, sampler='fixed', steps=8, remask=0.5, temperature=1.0)
+    way = dict(sampler='fixed', steps=8)
+    out, calls = write(model, empty(200), 16, remask=0.5, temperature=1.0, **way)
     before = calls[-2][0] # after the seventh call 14 stood, 7 were hidden again
-    assert ((before == -1).sum(1) == 9).all() and (before[before != -1] == 0).double().mean() > 0.95
-    plain, _ = write(model, empty(200), 16, sampler='fixed', steps=8)
+    assert ((before == -1).sum(1) == 9).all()
+    assert (before[before != -1] == 0).double().mean() > 0.95
+    plain, _ = write(model, empty(200), 16, **way)
     assert abs((plain == 0).double().mean().item() - 0.6) < 0.04
 
 @torch.no_grad()
 def test_remasking_goes_by_the_model_s_own_probabilities():
-    """ not by what temperature or top_k left of them: of tokens drawn for certain, those it doubts are hidden again """
+    """
+    The probabilities are the model's, not what temperature or top_k made of them. Of tokens that are
+    certain to be drawn, those that the model doubts are hidden again.
+    """
     model, doubtful = build('mdlm', block_size=8), torch.tensor([1, 4, 6])
     sure, unsure = (torch.tensor([p, 1 - p, 0, 0, 0, 0, 0, 0]).log() for p in (0.95, 0.55))
     model.one_stream = lambda xt, ids, only: only[:, None]
     model.logits = lambda at: torch.where(torch.isin(at, doubtful), unsure, sure)
     for certain in dict(temperature=0), dict(temperature=0.01), dict(top_k=1), dict(top_p=0.1):
-        out, calls = write(model, empty(), 8, sampler='fixed', steps=2, remask=0.75, order='confidence', **certain)
-        assert (out == 0).all() and (calls[0][0] == -1).sum() == 7 # four written, then three of them hidden again
-        out, calls = write(model, empty(), 8, sampler='fixed', steps=8, remask=0.4, order='left_to_right', **certain)
+        way = dict(sampler='fixed', **certain)
+        out, calls = write(model, empty(), 8, steps=2, remask=0.75, order='confidence', **way)
+        assert (out == 0).all()
+        assert (calls[0][0] == -1).sum() == 7 # four written, then three of them hidden again
+        out, calls = write(model, empty(), 8, steps=8, remask=0.4, order='left_to_right', **way)
         assert (calls[4][0][0] == -1).nonzero()[:, 0].tolist() == [1, 4, 5, 6, 7], certain
 
 # ---- guidance
@@ -459,24 +648,34 @@ def test_remasking_goes_by_the_model_s_own_probabilities():
 @every_kind
 @torch.no_grad()
 def test_guidance(kind):
-    """ P15: 0 is none at all; else logits = u + (1 + w)(c - u), affine in w; u is what is said without the prompt """
+    """
+    P15: a guidance of 0 is none at all. Otherwise logits = u + (1 + w) (c - u), which is affine in w:
+    c given the prompt, u without it.
+    """
     model = build(kind[0], **kind[1])
     n = model.id_list.index(1) if 1 in model.id_list else 4
-    prompt = torch.tensor([[1, 3, 0, 2]])[:, :n if 'segments' in kind[1] else n - 1] # the question, or most of the first block
-    assert same(write(model, prompt, 8 - prompt.size(1)), write(model, prompt, 8 - prompt.size(1), guidance=0))
-    spaced = lambda w: write(model, prompt, 8 - prompt.size(1), guidance=w, order='left_to_right')[1][0][1].log()[:, :5]
-    odds = {w: (lambda l: l - l[:, :1])(spaced(w)) for w in (0, 0.5, 1.0, 2.0)} # up to the constant that normalises
-    assert torch.allclose(odds[1.0] - odds[0], odds[2.0] - odds[1.0], atol=1e-3) and torch.allclose(odds[0.5] * 2, odds[0] + odds[1.0], atol=1e-3)
-    assert not torch.allclose(odds[0], odds[1.0], atol=1e-2)
-    text = F.pad(prompt, (0, 8 - prompt.size(1)), value=7)
-    clean = torch.full_like(text, 7)
-    c, u = ((model.two_stream(x, x) if model.blockwise else model.one_stream(x)) for x in (text, clean))
-    c, u = (model.logits(x)[0, prompt.size(1), :5] for x in (c, u))
+    given = n if 'segments' in kind[1] else n - 1 # the question, or most of the first block
+    prompt, new = torch.tensor([[1, 3, 0, 2]])[:, :given], 8 - given
+    assert same(write(model, prompt, new), write(model, prompt, new, guidance=0))
+    def odds(w): # up to the constant that normalises
+        _, calls = write(model, prompt, new, guidance=w, order='left_to_right')
+        log_p = calls[0][1].log()[:, :5]
+        return log_p - log_p[:, :1]
+    none, half, one, two = map(odds, (0, 0.5, 1.0, 2.0))
+    assert torch.allclose(one - none, two - one, atol=1e-3)
+    assert torch.allclose(half * 2, none + one, atol=1e-3)
+    assert not torch.allclose(none, one, atol=1e-2)
+    def logits(text):
+        states = model.two_stream(text, text) if model.blockwise else model.one_stream(text)
+        return model.logits(states)[0, given, :5]
+    text = F.pad(prompt, (0, new), value=7)
+    c, u = logits(text), logits(torch.full_like(text, 7))
     expected = u + 3 * (c - u)
-    assert torch.allclose(odds[2.0][0].double(), expected - expected[0], atol=1e-3)
+    assert torch.allclose(two[0].double(), expected - expected[0], atol=1e-3)
     batch = prompt.repeat(3, 1)
-    out, _ = write(model, batch, 8 - prompt.size(1), guidance=2.0, order='confidence', temperature=0)
-    assert torch.equal(out[:, :prompt.size(1)], batch) and (out == out[0]).all()
+    out, _ = write(model, batch, new, guidance=2.0, order='confidence', temperature=0)
+    assert torch.equal(out[:, :given], batch)
+    assert (out == out[0]).all()
 
 # ---- sentences
 
@@ -484,27 +683,32 @@ def test_guidance(kind):
 def test_unknown_names_and_unused_options_end_in_sentences():
     model, prompt = build('mdlm'), torch.tensor([[1]])
     for options, word in [
-            (dict(sampler='magic'), 'sampler is \'magic\', expected one of first_hitting, ancestral, fixed, threshold, entropy_bound'),
-            (dict(order='luck'), "order is 'luck', expected one of random, left_to_right, confidence, entropy, margin"),
-            (dict(sampler='fixed', schedule='square'), "schedule is 'square', expected one of linear, cosine"),
-            (dict(steps=5), 'first_hitting has no use for steps=5: leave steps out, or take sampler ancestral | fixed'),
-            (dict(sampler='threshold', steps=5), 'leave steps out'),
-            (dict(sampler='ancestral', order='margin'), 'ancestral has no use for order=margin'),
-            (dict(schedule='cosine'), 'no use for schedule=cosine'),
-            (dict(remask=0.1), 'no use for remask=0.1'),
-            (dict(sampler='threshold', remask=0.1), 'or take sampler ancestral | fixed'),
-            (dict(sampler='fixed', confidence_threshold=0.9), 'or take sampler threshold'),
-            (dict(sampler='threshold', entropy_budget=0), 'no use for entropy_budget=0: leave entropy_budget out, or take sampler entropy_bound'),
-            (dict(sampler='fixed', remask=1.0), r'remask is 1.0, expected a share in \[0, 1\)'),
-            (dict(sampler='entropy_bound', entropy_budget=-1), 'entropy_budget is -1, expected 0 or more'),
-            (dict(guidance=-0.5), 'guidance is -0.5, expected 0'),
-            (dict(sampler='fixed', steps=0), '0 steps are fewer than the 1 blocks')]:
+        (dict(sampler='magic'),
+         "sampler is 'magic', expected one of first_hitting, ancestral, fixed, threshold, entropy_bound"),
+        (dict(order='luck'), "order is 'luck', expected one of random, left_to_right, confidence, entropy, margin"),
+        (dict(sampler='fixed', schedule='square'), "schedule is 'square', expected one of linear, cosine"),
+        (dict(steps=5), 'first_hitting has no use for steps=5: leave steps out, or take sampler ancestral | fixed'),
+        (dict(sampler='threshold', steps=5), 'leave steps out'),
+        (dict(sampler='ancestral', order='margin'), 'ancestral has no use for order=margin'),
+        (dict(schedule='cosine'), 'no use for schedule=cosine'),
+        (dict(remask=0.1), 'no use for remask=0.1'),
+        (dict(sampler='threshold', remask=0.1), 'or take sampler ancestral | fixed'),
+        (dict(sampler='fixed', confidence_threshold=0.9), 'or take sampler threshold'),
+        (dict(sampler='threshold', entropy_budget=0),
+         'no use for entropy_budget=0: leave entropy_budget out, or take sampler entropy_bound'),
+        (dict(sampler='fixed', remask=1.0), r'remask is 1.0, expected a share in \[0, 1\)'),
+        (dict(sampler='entropy_bound', entropy_budget=-1), 'entropy_budget is -1, expected 0 or more'),
+        (dict(guidance=-0.5), 'guidance is -0.5, expected 0'),
+        (dict(sampler='fixed', steps=0), '0 steps are fewer than the 1 blocks'),
+    ]:
         with pytest.raises(UserError, match=word):
             model.generate(prompt, 7, **options)
     with pytest.raises(UserError, match='a row without a prompt'):
         model.generate(torch.tensor([[1], [-1]]), 7, guidance=1.0)
+    takes = set(inspect.signature(model.generate).parameters)
     for name, options in SAMPLERS.items(): # every option is one of generate's, and read
-        assert set(options) <= set(inspect.signature(model.generate).parameters) and (name in QUOTAS) != (name in ACCEPTS)
+        assert set(options) <= takes
+        assert (name in QUOTAS) != (name in ACCEPTS)
 
 BAD = { # what no value of an option can be
     'max_new_tokens': [-1, 2.5, True, 'abc', None, math.nan, 10 ** 12, 10 ** 30],
@@ -524,12 +728,24 @@ BAD = { # what no value of an option can be
     'df_uncertainty_scale': [-1, math.nan, math.inf, True, 'abc'],
 }
 GOOD = { # and what is as far as it may go
-    'steps': [4], 'confidence_threshold': [0, 1, 5.0, math.inf], 'entropy_budget': [0, 5, math.inf],
-    'temperature': [0, 1e-39, 1e6], 'top_k': [1, 10 ** 400], 'top_p': [1e-50, 1], 'remask': [0, 0.999],
-    'guidance': [0, 1e-9, 1000], 'stop': [0, 2 ** 31 - 1], 'df_uncertainty_scale': [0, 0.5],
+    'steps': [4],
+    'confidence_threshold': [0, 1, 5.0, math.inf],
+    'entropy_budget': [0, 5, math.inf],
+    'temperature': [0, 1e-39, 1e6],
+    'top_k': [1, 10 ** 400],
+    'top_p': [1e-50, 1],
+    'remask': [0, 0.999],
+    'guidance': [0, 1e-9, 1000],
+    'stop': [0, 2 ** 31 - 1],
+    'df_uncertainty_scale': [0, 0.5],
 }
-READS = {'steps': 'fixed', 'schedule': 'fixed', 'remask': 'fixed',
-         'confidence_threshold': 'threshold', 'entropy_budget': 'entropy_bound'}
+READS = { # a sampler that has a use for the option
+    'steps': 'fixed',
+    'schedule': 'fixed',
+    'remask': 'fixed',
+    'confidence_threshold': 'threshold',
+    'entropy_budget': 'entropy_bound',
+}
 
 @pytest.mark.parametrize('kind', ['ar', 'mdlm', 'bd3lm', 'denoise', 'df'])
 def test_every_option_is_checked_by_its_name(kind):
@@ -539,21 +755,35 @@ def test_every_option_is_checked_by_its_name(kind):
     takes = set(inspect.signature(model.generate).parameters) - {'idx', 'on_step', 'block_ids'}
     assert takes <= models.OPTIONS.keys() == BAD.keys()
     for name in sorted(takes):
-        options = {'max_new_tokens': 5} | ({'sampler': READS[name]} if name in READS and kind != 'df' else {})
+        options = {'max_new_tokens': 5}
+        if name in READS and kind != 'df':
+            options['sampler'] = READS[name]
         for value in GOOD.get(name, []):
             assert model.generate(prompt, **{**options, name: value}).shape == (1, 7)
         for value in BAD[name]:
-            says = f'{name} is ', f'{value} {name} are fewer', f'{value} new ones', f'df_sampling_timesteps is {value},'
+            says = [
+                f'{name} is ',
+                f'{value} {name} are fewer',
+                f'{value} new ones',
+                f'df_sampling_timesteps is {value},',
+            ]
             with pytest.raises(UserError, match='|'.join(map(re.escape, says))):
                 model.generate(prompt, **{**options, name: value})
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_writes_at_every_edge(dtype):
     """ with logits far beyond those of any text """
-    edges = dict(temperature=0), dict(temperature=1e-39), dict(temperature=1e6), dict(top_p=1e-50), dict(guidance=1000)
+    edges = [
+        dict(temperature=0),
+        dict(temperature=1e-39),
+        dict(temperature=1e6),
+        dict(top_p=1e-50),
+        dict(guidance=1000),
+    ]
     for kind, more in ('ar', dict(begin_id=6)), ('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)), ('df', {}):
         model = build(kind, dtype=torch.float, n_embd=64, **more)
-        torch.nn.init.normal_((model.df_head if kind == 'df' else model.lm_head).weight, std=20.0)
+        head = model.df_head if kind == 'df' else model.lm_head
+        torch.nn.init.normal_(head.weight, std=20.0)
         for options in edges[:4 if kind == 'ar' else 5]:
             with torch.autocast('cpu', dtype):
                 out = model.generate(torch.tensor([[1, 2]]), 6, **options)
@@ -562,11 +792,13 @@ def test_half_precision_writes_at_every_edge(dtype):
 # ---- everything at once
 
 def any_model(rng):
-    """ -> (objective, model) of 1 to 9 tokens, whatever fits together """
-    kind, room = rng.choice(['ar', 'mdlm', 'mdlm', 'bd3lm', 'bd3lm', 'denoise', 'df']), rng.randint(1, 9)
+    """ -> (objective, model) of 1 to 9 tokens, with any settings that fit together """
+    kind = rng.choice(['ar', 'mdlm', 'mdlm', 'bd3lm', 'bd3lm', 'denoise', 'df'])
+    room = rng.randint(1, 9)
     own = dict(block_size=room, begin_id=rng.choice([None, 6]), pos=rng.choice(['rope', 'learned']), n_embd=8)
     if room > 1 and rng.random() < 0.5:
-        cuts = [0, *sorted(rng.sample(range(1, room), rng.randint(1, min(3, room - 1)))), room]
+        inner = rng.sample(range(1, room), rng.randint(1, min(3, room - 1)))
+        cuts = [0, *sorted(inner), room]
         own['segments'] = ','.join(str(b - a) for a, b in zip(cuts, cuts[1:]))
     if kind in ('mdlm', 'bd3lm', 'denoise'):
         patterns = ['block'] + ['hierarchical'] * 3 * ('segments' in own) + ['full', 'causal'] * (kind != 'bd3lm')
@@ -586,13 +818,20 @@ def any_prompt(rng, kind, model):
     if model.config.attention == 'hierarchical' and rng.random() < 0.8: # what a hierarchy has room for
         T, n = min(T, room // 2), room - min(T, room // 2)
     prompt, same = torch.randint(5, (B, T)), torch.rand(T) < 0.4
-    how = rng.choice({'ar': ['none', 'end'], 'df': ['none', 'gaps']}.get(kind, ['none', 'end', 'gaps', 'same gaps']))
+    holes = {'ar': ['none', 'end'], 'df': ['none', 'gaps']}.get(kind, ['none', 'end', 'gaps', 'same gaps'])
+    how = rng.choice(holes)
     for row in prompt:
-        gaps = {'none': slice(0), 'end': slice(rng.randint(0, T), None), 'gaps': torch.rand(T) < 0.4, 'same gaps': same}
+        gaps = {
+            'none': slice(0),
+            'end': slice(rng.randint(0, T), None),
+            'gaps': torch.rand(T) < 0.4,
+            'same gaps': same,
+        }
         row[gaps[how]] = -1
     return prompt, n
 
 def any_options(rng, kind, model, prompt, n):
+    """ -> options of generate that the objective takes, though not all fit together """
     options = dict(temperature=rng.choice([0, 0, 1.0]), stop=rng.choice([None, None, 0, 3]))
     if kind in ('mdlm', 'bd3lm', 'denoise'):
         sampler = options['sampler'] = rng.choice(list(SAMPLERS))
@@ -610,13 +849,14 @@ def any_options(rng, kind, model, prompt, n):
     return options
 
 def against_uncached(model, errors):
-    """ every pass that uses the cache once more, over all that stands and without one; differences go to errors """
+    """ repeat every pass that uses the cache over the whole text without it; the differences are put into errors """
     read, settled = model.read, None
     def both(text, first, s, ids, cache, only):
         nonlocal settled
         x = read(text, first, s, ids, cache, only)
         if cache is not None:
-            whole, pos = torch.cat((settled[:, :first], text), 1) if first else text, torch.arange(ids.size(-1))
+            whole = torch.cat((settled[:, :first], text), 1) if first else text
+            pos = torch.arange(ids.size(-1))
             settled = whole[:, :s]
             mask = models.dense_mask(ids, pos >= s, model.config.clean_causal, question=model.question)
             y = model.trunk(model.embed(whole, pos), pos, mask)
@@ -629,13 +869,15 @@ def against_uncached(model, errors):
 @torch.no_grad()
 def test_the_cache_is_exact_where_segments_are_causal(kind, stop):
     """ causal_within_block: in the passes that read a block alone, no token sees a later one either """
-    model, errors = build(kind, attention='hierarchical', segments='2,2,4', causal_within_block=True), []
+    model = build(kind, attention='hierarchical', segments='2,2,4', causal_within_block=True)
+    errors = []
     against_uncached(model, errors)
     model.generate(torch.tensor([[1, 2], [3, 0]]), 6, stop=stop)
-    assert len(errors) > 4 and max(errors) < 1e-9
+    assert len(errors) > 4
+    assert max(errors) < 1e-9
 
 def leaves_no_choice(kind, model, options):
-    """ is all that is written decided by the model alone? """
+    """ whether the model alone decides all that is written """
     sampler, order = options.get('sampler'), options.get('order')
     if kind == 'ar':
         return options['temperature'] == 0
@@ -651,7 +893,8 @@ def test_anything_works_or_is_one_sentence(seed):
     for _ in range(25):
         kind, model = any_model(rng)
         prompt, n = any_prompt(rng, kind, model)
-        options, errors, text = any_options(rng, kind, model, prompt, n), [], F.pad(prompt, (0, n), value=-1)
+        options, errors = any_options(rng, kind, model, prompt, n), []
+        text = F.pad(prompt, (0, n), value=-1)
         if hasattr(model, 'read'):
             against_uncached(model, errors)
         try:
@@ -659,12 +902,16 @@ def test_anything_works_or_is_one_sentence(seed):
         except UserError as e:
             assert 20 < len(str(e)) < 250
             continue
-        assert out.shape == text.shape and torch.equal(out[text != -1], text[text != -1])
-        assert ((out >= 0) & (out < 5)).all() and max(errors, default=0) < 1e-9
+        assert out.shape == text.shape
+        assert torch.equal(out[text != -1], text[text != -1])
+        assert ((out >= 0) & (out < 5)).all()
+        assert max(errors, default=0) < 1e-9
         done += 1
         room = model.config.block_size - (kind == 'ar' and model.config.begin_id is not None)
-        fits = text.size(1) <= room or ((text == -1) == (text[:1] == -1)).all() # or else rows share their windows
-        for b in range(len(prompt) if fits and leaves_no_choice(kind, model, options) else 0):
+        same_gaps = ((text == -1) == (text[:1] == -1)).all()
+        if not leaves_no_choice(kind, model, options) or not (text.size(1) <= room or same_gaps):
+            continue # rows with different gaps share their windows
+        for b in range(len(prompt)):
             own = options | {k: v[b:b + 1] for k, v in options.items() if k == 'block_ids'}
             assert torch.equal(model.generate(prompt[b:b + 1], n, **own)[0], out[b])
             alone += 1
@@ -678,17 +925,28 @@ META = vocabulary('char', ['ROMEO: and my love.[]\\\n0123456789'])
 def checkpoints(tmp_path_factory):
     """ untrained models, as train.py would have saved them """
     paths = {}
+    ids = {k: META[k] for k in ('vocab_size', 'text_size', 'begin_id', 'mask_id')}
     for name, more in ('ar', {}), ('mdlm', {}), ('bd3lm', dict(diffusion_block_size=4)):
-        ids = {k: META[k] for k in ('vocab_size', 'text_size', 'begin_id', 'mask_id')}
         model = build(name, dtype=torch.float, block_size=64, **ids, **more)
         paths[name] = tmp_path_factory.mktemp(name) / 'ckpt_best.pt'
-        torch.save({'format': 1, 'objective': name, 'config': dataclasses.asdict(model.config), 'model': model.state_dict(), 'ema': None,
-                    'iteration': 0, 'settings': {'dataset': 'text'}, 'meta': META}, paths[name])
+        torch.save({
+            'format': 1,
+            'objective': name,
+            'config': dataclasses.asdict(model.config),
+            'model': model.state_dict(),
+            'ema': None,
+            'iteration': 0,
+            'settings': {'dataset': 'text'},
+            'meta': META,
+        }, paths[name])
     return paths
 
 @pytest.fixture
 def sample_py(checkpoints, monkeypatch, capsys):
-    """ the script as a command, with fresh settings, but in this process, which has torch already -> stdout, stderr """
+    """
+    run(name, *args) -> stdout, stderr of the script with fresh settings.
+    It runs in this process, which has imported torch already.
+    """
     def run(name, *args, code=0):
         monkeypatch.setattr(sys, 'argv', ['sample.py', f'--ckpt={checkpoints[name]}', '--device=cpu', *args])
         try:
@@ -703,45 +961,71 @@ def sample_py(checkpoints, monkeypatch, capsys):
 
 @pytest.mark.parametrize('name', ['mdlm', 'bd3lm'])
 def test_infills_keep_what_is_given(sample_py, tmp_path, name):
-    """ several gaps, of the lengths that were asked for; a literal [[; a stop in a gap ends the writing, not what is given """
+    """
+    Several gaps are filled, of the lengths that were asked for, and a literal [[ stays one.
+    A stop in a gap ends what is written, not what is given.
+    """
     start = 'ROMEO: [[12]]and \\[[4]] my[[3]]love.\n[[1]]'
     (tmp_path / 'start.txt').write_text(start)
     expected = r'ROMEO: [\s\S]{12}and \[\[4\]\] my[\s\S]{3}love\.\n[\s\S]'
-    for more in [], ['--stream=False'], ['--sampler=fixed', '--steps=16', '--remask=0.3', '--order=margin', '--guidance=0.5']:
+    options = ['--sampler=fixed', '--steps=16', '--remask=0.3', '--order=margin', '--guidance=0.5']
+    for more in [], ['--stream=False'], options:
         for given in start, f'FILE:{tmp_path}/start.txt':
             out, err = sample_py(name, f'--start={given}', '--max_new_tokens=0', '--num_samples=2', *more)
-            samples = out.split('\n---------------\n')
-            assert len(samples) == 3 and samples[2] == '' and all(re.fullmatch(expected, s) for s in samples[:2]), out
+            *samples, rest = out.split('\n---------------\n')
+            assert len(samples) == 2
+            assert rest == ''
+            assert all(re.fullmatch(expected, s) for s in samples), out
             assert '32 tokens at most' in err
     longer, _ = sample_py(name, '--start=ROMEO: [[4]]love.', '--max_new_tokens=3', '--num_samples=1')
     assert re.fullmatch(r'ROMEO: [\s\S]{4}love\.[\s\S]{3}\n---------------\n', longer)
-    gap = lambda *more: re.fullmatch(r'ROMEO: ([\s\S]*)love\.\n---------------\n', sample_py(name, '--start=ROMEO: [[40]]love.', '--max_new_tokens=0', '--num_samples=1', *more)[0])[1]
+    def gap(*more):
+        out, _ = sample_py(name, '--start=ROMEO: [[40]]love.', '--max_new_tokens=0', '--num_samples=1', *more)
+        return re.fullmatch(r'ROMEO: ([\s\S]*)love\.\n---------------\n', out)[1]
     plain = gap()
     stop = next(c for c in plain[5:] if c.isalpha())
-    assert len(plain) == 40 and gap(f'--stop={stop}') == plain[:plain.index(stop)]
+    assert len(plain) == 40
+    assert gap(f'--stop={stop}') == plain[:plain.index(stop)]
 
 def test_prompts_with_gaps():
-    tokenizer, encode = Tokenizer(META), lambda start: sample.encode_prompt(Tokenizer(META), start)[0].tolist()
+    tokenizer = Tokenizer(META)
+    encode = lambda start: sample.encode_prompt(tokenizer, start)[0].tolist()
     text = lambda ids: tokenizer.decode([i for i in ids if i != -1])
     assert encode('[[3]]') == [-1] * 3
-    for start, gaps, given in [('a[[2]][[1]]o', 3, 'ao'), ('\\[[2]]', 0, '[[2]]'), ('[[a]] [[ ]]', 0, '[[a]] [[ ]]'), ('\\\\[[2]]', 0, '\\[[2]]'),
-                               ('[ [2]]\\[2', 0, '[ [2]]\\[2'), ('[[[2]]]', 2, '[]')]:
+    for start, gaps, given in [
+        ('a[[2]][[1]]o', 3, 'ao'),
+        ('\\[[2]]', 0, '[[2]]'),
+        ('[[a]] [[ ]]', 0, '[[a]] [[ ]]'),
+        ('\\\\[[2]]', 0, '\\[[2]]'),
+        ('[ [2]]\\[2', 0, '[ [2]]\\[2'),
+        ('[[[2]]]', 2, '[]'),
+    ]:
         ids = encode(start)
         assert (ids.count(-1), text(ids)) == (gaps, given)
     with pytest.raises(PrepareError, match=r'gap of no tokens, \[\[0\]\]'):
         encode('love[[0]]')
-    assert sample.until([1, 2, 9, 3, 9, 4], 9, {0, 1, 3}) == [1, 2, 3] and sample.until([9, 1, 9, 2], 9, {0}) == [9, 1] and sample.until([1], None, set()) == [1]
+    assert sample.until([1, 2, 9, 3, 9, 4], 9, {0, 1, 3}) == [1, 2, 3]
+    assert sample.until([9, 1, 9, 2], 9, {0}) == [9, 1]
+    assert sample.until([1], None, set()) == [1]
 
 def test_settings_reach_generate_or_are_refused(sample_py):
-    for args, word in [(['--sampler=fixed', '--confidence_threshold=0.5'], 'sampler fixed has no use for confidence_threshold=0.5'), (['--order=luck'], 'expected one of random'),
-                       (['--remask=a'], 'remask must be float or None (default None), got str a'), (['--steps=2.5'], 'steps must be int or None'), (['--sampler=[1]'], "sampler is '[1]', expected one of first_hitting"),
-                       (['--max_new_tokens=0'], 'max_new_tokens is 0, expected at least 1, or 0 and a gap like [[40]]'), (['--num_samples=0'], 'num_samples is 0')]:
-        assert word in sample_py('mdlm', '--start=my', *args, code=2)[1]
+    for args, word in [
+        ('--sampler=fixed --confidence_threshold=0.5', 'sampler fixed has no use for confidence_threshold=0.5'),
+        ('--order=luck', 'expected one of random'),
+        ('--remask=a', 'remask must be float or None (default None), got str a'),
+        ('--steps=2.5', 'steps must be int or None'),
+        ('--sampler=[1]', "sampler is '[1]', expected one of first_hitting"),
+        ('--max_new_tokens=0', 'max_new_tokens is 0, expected at least 1, or 0 and a gap like [[40]]'),
+        ('--num_samples=0', 'num_samples is 0'),
+    ]:
+        assert word in sample_py('mdlm', '--start=my', *args.split(), code=2)[1]
     assert 'ar has no use for --guidance' in sample_py('ar', '--guidance=1', code=2)[1]
     assert 'a prompt has a gap' in sample_py('ar', '--start=my[[4]]love', code=2)[1]
-    _, err = sample_py('mdlm', '--start=my', '--max_new_tokens=20', '--num_samples=2', '--sampler=fixed', '--steps=5', '--guidance=1')
+    args = '--start=my --max_new_tokens=20 --num_samples=2 --sampler=fixed --steps=5 --guidance=1'
+    _, err = sample_py('mdlm', *args.split())
     assert '40 tokens at most, 20 network evaluations' in err
-    names = [k for k in inspect.signature(build('mdlm').generate).parameters if k not in ('idx', 'on_step', 'block_ids')]
+    takes = inspect.signature(build('mdlm').generate).parameters
+    names = [k for k in takes if k not in ('idx', 'on_step', 'block_ids')]
     assert all(hasattr(sample, k) for k in names) # the same names here and there
 
 class Screen(io.StringIO):
@@ -750,7 +1034,7 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize('tty', [True, False])
 def test_progress(monkeypatch, tty):
-    """ on stderr, at intervals; on a terminal one line, which text clears """
+    """ on stderr, at intervals; on a terminal one line, which is cleared before text is printed """
     clock, err, out = [100.0], Screen(), Screen()
     err.tty = out.tty = tty
     monkeypatch.setattr(sample.time, 'time', lambda: clock[0])
@@ -762,7 +1046,10 @@ def test_progress(monkeypatch, tty):
     for now in 100.1, 110.0, 110.1:
         clock[0] = now
         printer(1, idx, None, {'nfe': 1, 'done': 0})
-    assert err.getvalue() == ('\r10 of 40 tokens, 10 s, 30 s left\033[K' if tty else '10 of 40 tokens, 10 s, 30 s left\n') and out.getvalue() == ''
+    said = '10 of 40 tokens, 10 s, 30 s left'
+    assert err.getvalue() == (f'\r{said}\033[K' if tty else f'{said}\n')
+    assert out.getvalue() == ''
     clock[0] = 130.0
     printer(2, idx, None, {'nfe': 2, 'done': 2})
-    assert len(out.getvalue()) == 2 and err.getvalue().endswith('\r\033[K' if tty else '30 s, 90 s left\n')
+    assert len(out.getvalue()) == 2
+    assert err.getvalue().endswith('\r\033[K' if tty else '30 s, 90 s left\n')
