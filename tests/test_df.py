@@ -17,12 +17,11 @@ import torch
 from torch.nn import functional as F
 
 import tools.plot
-from model import (DFGPT, GPT, GPTConfig, Sinusoidal, UserError, df_loss_weight, df_real_levels, df_schedule,
-                   scheduling_matrix, score)
+from model import (DFGPT, GPT, DFPublishedConfig, DFText, DFTextConfig, GPTConfig, Sinusoidal, UserError,
+                   df_loss_weight, df_real_levels, df_schedule, scheduling_matrix, score)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = np.load(os.path.join(ROOT, 'tests', 'df_golden.npz'))
-NAMES = list(GOLDEN.files)
 NAMES = list(GOLDEN.files)
 SEQUENCE_FIRST = '_TBC?$|_out$|noise_ctx$|noise_step$|raw_noise$|^mp_|x_pred$'
 
@@ -41,12 +40,12 @@ def net(x, k):
     return x @ golden('lin_W1').T + past @ golden('lin_W2').T + golden('lin_b') + level
 
 SIZES = dict(block_size=7, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=8)
+PATH = dict(df_sampling_timesteps=32, df_scheduling_matrix='pyramid') # unless a test says otherwise
 
-def build(seed=0, **settings):
-    """ a small model with large random weights """
+def build(seed=0, own=DFGPT, **settings):
+    """ a small model of class `own` with large random weights """
     torch.manual_seed(seed)
-    settings = {**SIZES, 'df_objective': 'pred_noise', **settings}
-    model = DFGPT(GPTConfig(**settings)).eval()
+    model = own(own.config_class(**{**SIZES, **PATH, **settings})).eval()
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
@@ -429,7 +428,7 @@ VARIANTS = [
 def test_loss_starts_finite_repeats_with_the_seed_and_reaches_every_parameter(more):
     torch.manual_seed(0)
     sizes = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
-    model = DFGPT(GPTConfig(**{**sizes, 'df_objective': 'pred_noise', **more}))
+    model = DFGPT(DFPublishedConfig(**{**sizes, **PATH, **more}))
     idx, losses = torch.randint(11, (4, 16)), []
     assert (model.df_head.weight == 0).all()
     for seed in 1, 1, 2:
@@ -553,6 +552,10 @@ def test_an_ar_checkpoint_begins_a_df_model():
     (dict(df_beta_schedule='linear', df_timesteps=20, df_sampling_timesteps=8), 'at least 21'),
     (dict(attention='block', diffusion_block_size=2), 'works with attention causal'),
     (dict(df_objective='x0'), "df_objective is 'x0', expected one of pred_noise"),
+    (dict(df_sampler='mixture'), 'only objective df has a distribution over tokens'),
+    (dict(own=DFText, df_embed_norm=0.0), 'df_embed_norm is 0.0, expected a finite length'),
+    (dict(own=DFText, df_clean_share=1.1), 'df_clean_share is 1.1, expected a share'),
+    (dict(own=DFText, df_sampling_timesteps=33), 'expected 1 to df_timesteps, 32'),
     (dict(df_beta_schedule='square'), 'expected one of linear'),
     (dict(df_loss_weight='snr'), 'expected one of fused'),
     (dict(df_level_embed='film'), 'expected one of add'),
@@ -663,12 +666,12 @@ def test_a_chunk_of_everything_must_fit():
     with pytest.raises(UserError, match='8 tokens do not fit the context'):
         model(torch.zeros(1, 8, dtype=torch.long))
 
-# ---- pred_token: predictions are distributions over tokens
+# ---- predictions are distributions over tokens
 
 def speller(seed=0, **settings):
     """ a small model that predicts tokens, neither by a guess nor with certainty """
     sizes = dict(vocab_size=5, text_size=3, begin_id=3, block_size=4)
-    model = build(seed, **{**sizes, 'df_objective': 'pred_token', **settings})
+    model = build(seed, DFText, **{**sizes, **settings})
     model.df_head.weight.data *= 0.3
     return model
 
@@ -760,7 +763,7 @@ def test_training_rows_are_clean_or_noisy_and_ask_for_every_token():
 
 def test_learning_changes_neither_length_nor_variety_of_embeddings():
     torch.manual_seed(0)
-    model = DFGPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=16))
+    model = DFText(DFTextConfig(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=16))
     idx = torch.arange(8).repeat(8, 1)
     optimizer, = model.configure_optimizers('adamw', 3e-3)
     before, losses = model.metrics(idx, idx)['embedding_spread'], []
@@ -782,7 +785,7 @@ ALL = torch.cartesian_prod(*[torch.arange(3)] * 3) # every text of three tokens
 
 def test_nats_of_an_untrained_model_are_those_of_a_guess():
     sizes = dict(block_size=8, vocab_size=11, text_size=9, n_layer=2, n_head=2, n_embd=16)
-    model = DFGPT(GPTConfig(**sizes)).eval()
+    model = DFText(DFTextConfig(**sizes)).eval()
     idx = torch.randint(9, (4, 8))
     one_step = dict(df_scheduling_matrix='autoregressive', df_sampling_timesteps=1)
     for bound in model, model.variant('autoregressive', **one_step):
@@ -796,17 +799,15 @@ def test_nats_of_an_untrained_model_are_those_of_a_guess():
     assert (scored == 3).all()
     assert (nats / 3 - math.log(9)).abs().max() < 1e-2
 
-@pytest.mark.parametrize('objective', ['pred_token', 'pred_x0'])
-def test_one_step_per_token_is_ar_nll(objective, monkeypatch):
+@pytest.mark.parametrize('own, settings', [(DFText, {}), (DFGPT, dict(df_objective='pred_x0'))])
+def test_one_step_per_token_is_ar_nll(own, settings, monkeypatch):
     """
     The path of one step per token, where z = noise + sqrt(abar) x0, scores what pure noise scores.
     Both get the same draws of noise.
     """
-    model, idx = build(df_objective=objective), torch.randint(9, (64, 7))
+    model, idx = build(own=own, **settings), torch.randint(9, (64, 7))
     noise = torch.randn(64, 7, 8)
-    sampler = 'auto' if objective == 'pred_token' else 'ddim'
-    path = model.variant('autoregressive', df_scheduling_matrix='autoregressive', df_sampling_timesteps=1,
-                         df_sampler=sampler)
+    path = model.variant('autoregressive', df_scheduling_matrix='autoregressive', df_sampling_timesteps=1)
     monkeypatch.setattr(torch, 'randn_like', lambda x: noise)
     a, b = (m.nll_bound(idx, idx)[0] / 7 for m in (model, path))
     assert (a - b).abs().max() < 1e-2
@@ -970,17 +971,17 @@ def test_the_error_of_training_is_remembered_by_level():
     assert torch.equal(before, model.df_error)
 
 def test_the_score_names_the_bound():
-    names = {'pred_noise': ('nelbo_gaussian', 'mse'), 'pred_token': ('nelbo', 'ce')}
-    for objective, attention in itertools.product(names, ['causal', 'full']):
-        name, loss = names[objective]
-        model = build(df_objective=objective, attention=attention, begin_id=10)
+    names = {DFGPT: ('nelbo_gaussian', 'mse'), DFText: ('nelbo', 'ce')}
+    for own, attention in itertools.product(names, ['causal', 'full']):
+        name, loss = names[own]
+        model = build(own=own, attention=attention, begin_id=10)
         idx = torch.randint(9, (4, 7))
         found = score(model, [dict(idx=idx, targets=idx)], 2)
         assert (found['name'], found['sign'], found['unit']) == (name, '<=', 'nats/token')
         assert model.loss_name == loss
         assert found['nats_per_token'] > 1
         views = {'autoregressive', 'pyramid', 'full_sequence'}
-        if (objective, attention) == ('pred_token', 'causal'):
+        if (own, attention) == (DFText, 'causal'):
             views.add('ar')
         assert model.views().keys() == views
 
@@ -995,7 +996,7 @@ def test_the_score_names_the_bound():
 ])
 def test_token_prompts_stay_and_text_outgrows_the_context(kind):
     model, calls, steps = speller(block_size=7, **kind), [], []
-    model.df_context = lambda x, k: calls.append(x.size(1)) or DFGPT.df_context(model, x, k)
+    model.df_context = lambda x, k: calls.append(x.size(1)) or DFText.df_context(model, x, k)
     prompt = torch.tensor([[1, 2, 0, 1], [2, 1, -1, -1], [-1, 2, -1, 0]])
     out = model.generate(prompt, 15, on_step=lambda *step: steps.append((step[1].clone(), *step[2:])))
     assert out.shape == (3, 19)
@@ -1022,7 +1023,7 @@ def test_temperature_top_k_and_top_p_shape_what_is_expected():
     assert all(torch.equal(texts[0], t) and (t == t[:1]).all() for t in texts)
     assert len(model.generate(empty, 0).unique(dim=0)) > 8
 
-def test_guidance_goes_on_from_what_is_expected_behind_noise():
+def test_guidance_goes_on_from_what_is_expected_given_noise():
     """ logits are guided as u + (1 + w) (c - u): c given the prompt, u given noise in its place """
     model, w = speller(block_size=4, df_sampling_timesteps=3, df_scheduling_matrix='full_sequence'), 1.5
     prompt, seen, steps = torch.tensor([[2, 1, -1, -1]]).expand(500, -1), [], []
@@ -1043,7 +1044,7 @@ def test_guidance_goes_on_from_what_is_expected_behind_noise():
     for wrong in -1.0, math.nan:
         with pytest.raises(UserError, match='guidance is'):
             model.generate(prompt, 0, guidance=wrong)
-    with pytest.raises(UserError, match='with pred_token'):
+    with pytest.raises(UserError, match='with objective df'):
         build().generate(torch.zeros(1, 1, dtype=torch.long), 2, guidance=1.0)
 
 def test_options_of_a_call_are_settings_of_the_model():
@@ -1095,13 +1096,27 @@ def test_what_is_drawn_is_what_is_written_and_what_is_done_stays():
         assert all(torch.equal(idx[:, :done], out[:, :done]) for done, idx in seen)
         assert seen[-1][0] == 8
     guided = speller(df_stabilization_level=4, df_chunk_size=0)
-    levels, network = [], DFGPT.df_context
+    levels, network = [], DFText.df_context
     guided.df_context = lambda x, k: levels.append(k) or network(guided, x, k)
     prompt = torch.tensor([[0, -1, -1, -1]])
     guided.generate(prompt, 0, guidance=1.0, df_scheduling_matrix='full_sequence')
     for own, unguided in zip(levels[::2], levels[1::2]):
         if own[0, 1] != 3: # only finished text is hidden from the second pass
             assert unguided[0].tolist() == [31, *own[0, 1:].tolist()]
+
+def test_guidance_hides_what_is_finished_and_nothing_else():
+    """ a token in its last step from the least noisy level is read at the same real level as finished text """
+    model, seen, finished = speller(block_size=4, df_chunk_size=0), [], [torch.tensor([True, False, False, False])]
+    network = model.df_context
+    model.df_context = lambda x, k: seen.append(k[0]) or network(x, k)
+    def on_step(step, idx, probs, state):
+        finished.append(idx[0] != -1)
+    model.generate(torch.tensor([[0, -1, -1, -1]]), 0, guidance=1.0, on_step=on_step)
+    last_steps = 0
+    for done, guided, unguided in zip(finished, seen[::2], seen[1::2]):
+        assert torch.equal(unguided, guided.masked_fill(done, 31))
+        last_steps += ((guided == 0) & ~done).sum()
+    assert last_steps == 3
 
 def test_a_path_is_the_matrix_it_names():
     for kind in 'pyramid', 'full_sequence':
@@ -1152,7 +1167,7 @@ def test_the_plain_recipe_collapses():
     def train(own, steps, **settings):
         torch.manual_seed(0)
         sizes = dict(block_size=16, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
-        model = own(GPTConfig(**sizes, **settings))
+        model = own(own.config_class(**sizes, **settings))
         optimizer, = model.configure_optimizers('adamw', 3e-3, weight_decay=0.0)
         losses = []
         for _ in range(steps):
@@ -1164,7 +1179,7 @@ def test_the_plain_recipe_collapses():
             losses.append(loss.item())
         return model, losses
     assert train(GPT, 100)[1][-1] < 1
-    model, losses = train(DFGPT, 300, df_objective='pred_noise', pos='learned', df_x0_wpe=True)
+    model, losses = train(DFGPT, 300, pos='learned', df_x0_wpe=True)
     x, last = rows(256), torch.arange(16) == 15
     found = model.metrics(x, x)
     assert losses[-1] < losses[0] / 4

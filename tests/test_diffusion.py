@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, UserError
+from model import GPT, MDLM, OBJECTIVES, QUOTAS, SAMPLERS, GPTConfig, UserError, Window
 from model import bell, dense_mask, leading, random_subset, reverse_steps
 
 KINDS = [ # every way to denoise: objective, attention, block size, segments, more
@@ -44,7 +44,7 @@ def build(objective, seed=0, dtype=torch.double, **settings):
     torch.manual_seed(seed)
     own = OBJECTIVES[objective]
     settings = {**SIZES, 'attention': own.attentions[0], **settings}
-    model = own(GPTConfig(**settings)).to(dtype).eval()
+    model = own(own.config_class(**settings)).to(dtype).eval()
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
@@ -532,9 +532,9 @@ def test_the_parts_of_a_two_stream_mask_are_the_whole(n, more):
         return
     whole = torch.zeros(N, N, dtype=torch.int)
     computed = 0
-    noisy, rest = model.two_stream_mask(model.ids, T, clean)
+    both = model.two_stream_mask(model.ids, T, clean)
     end, row = 0, torch.arange(N)
-    for length, past, mask in noisy + rest:
+    for length, past, mask in both.noisy + both.clean:
         rows, end = row[end:end + length], end + length
         cols = torch.cat((rows, row[T:T + past])) if end <= T else row[T:T + past]
         mask = torch.ones(length, len(cols)).tril().bool() if isinstance(mask, str) else mask
@@ -804,6 +804,35 @@ def test_a_step_reveals_at_the_exact_rate_however_rare():
     expected = n * 1e-4
     assert abs(revealed - expected) < 4 * math.sqrt(expected)
 
+def watch_calls(monkeypatch, watch):
+    """ call watch(window, s, e, b, i, states) after every network call of masked and block diffusion """
+    states = Window.states
+    def watched(window, s, e, b, i):
+        x = states(window, s, e, b, i)
+        watch(window, s, e, b, i, x)
+        return x
+    monkeypatch.setattr(Window, 'states', watched)
+
+def whole_text(window, e):
+    """ what the network has read up to column e, cached or not: (B, lead + e) """
+    cache, window.cache = window.cache, None
+    text, window.cache = window.text(e), cache
+    return text
+
+def against_uncached(monkeypatch):
+    """ repeat every pass that uses a cache over the whole text without it; returns a list of the differences """
+    errors = []
+    def repeat(window, s, e, b, i, x):
+        if window.cache is None:
+            return
+        model, text, begins = window.model, whole_text(window, e), window.model.lead + s
+        ids, pos = window.block_ids(e), torch.arange(text.size(1))
+        mask = dense_mask(ids, pos >= begins, model.config.clean_causal, question=model.question)
+        y = model.trunk(model.embed(text, pos), pos, mask)
+        errors.append((x - y[b, begins + i]).abs().max().item())
+    watch_calls(monkeypatch, repeat)
+    return errors
+
 @every_kind
 @pytest.mark.parametrize('sampler', list(SAMPLERS))
 @torch.no_grad()
@@ -816,19 +845,7 @@ def test_writing_keeps_what_is_given_and_caches_exactly(kind, sampler, monkeypat
     torch.nn.init.constant_(model.lm_head.weight[7], 5.0) # an eager [MASK]
     prompt = torch.randint(5, (3, 6))
     prompt[0, 1:], prompt[1, 4:], prompt[2, 2] = -1, -1, -1
-    settled, errors = torch.zeros(3, 0, dtype=torch.long), []
-    cached = type(model).read
-    def read(text, first, s, ids, cache, only):
-        nonlocal settled
-        x = cached(model, text, first, s, ids, cache, only)
-        if cache is not None: # the same once more, over everything so far and without a cache
-            whole, pos = torch.cat((settled[:, :first], text), 1), torch.arange(ids.size(-1))
-            settled = whole[:, :s]
-            mask = dense_mask(ids, pos >= s, model.config.clean_causal)
-            y = model.trunk(model.embed(whole, pos), pos, mask)
-            errors.append((x - y[:, first:].flatten(0, 1)[only]).abs().max().item())
-        return x
-    monkeypatch.setattr(model, 'read', read)
+    errors = against_uncached(monkeypatch)
     out = model.generate(prompt, 2, sampler=sampler)
     assert out.shape == (3, 8)
     assert out.min() >= 0 and out.max() < 5
@@ -1182,3 +1199,10 @@ def test_wrong_settings_end_in_a_sentence():
     ]:
         with pytest.raises(UserError, match=word):
             build(objective, **settings)
+
+def test_what_generation_keeps_training_can_use():
+    """ a mask that generate needs first is no inference tensor, which autograd may refuse to save """
+    model = build('mdlm', attention='block', diffusion_block_size=3)
+    model.generate(torch.zeros(1, 0, dtype=torch.long), 8)
+    masks = list(model._masks.values())
+    assert len(masks) == 1 and not masks[0].is_inference()

@@ -6,32 +6,42 @@ import inspect
 import math
 import os
 import textwrap
-from dataclasses import asdict, fields
+import typing
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import prepare
-from model import ARCHITECTURE, CHOICES, DF_ARCHITECTURE, OBJECTIVES, Cache, GPTConfig, Task, UserError
-from model import BD3LM, DFGPT, GPT, MDLM, Denoiser
+from model import OBJECTIVES, Cache, GPTConfig, UserError, fields_of
+from model import BD3LM, DFGPT, GPT, MDLM, Denoiser, DFText
 from model import attend, block_ids, dense_mask, draw, load_checkpoint, mask_mod, pick_device, read_pretrained
 from model import rope_table, rotate, score, token_probs
 from tests.test_train import TINY, here # noqa: F401, a fixture
 
 NANOGPT = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True, init='gpt2')
-SWITCHES = [{}, NANOGPT, dict(pos='learned'), dict(norm='rmsnorm', bias=True), dict(mlp='gelu', qk_norm=False), dict(tie_weights=True)]
+SWITCHES = [
+    {},
+    NANOGPT,
+    dict(pos='learned'),
+    dict(norm='rmsnorm', bias=True),
+    dict(mlp='gelu', qk_norm=False),
+    dict(tie_weights=True),
+]
 
 def gpt(seed=0, **settings):
     """ a small model with large random weights, so that every output depends visibly on every input """
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**dict(block_size=12, vocab_size=11, n_layer=2, n_head=2, n_embd=16), **settings})).eval()
+    sizes = dict(block_size=12, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(GPTConfig(**{**sizes, **settings})).eval()
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.3)
     return model
 
 def matrix(rows):
+    """ a boolean matrix from lines of 0 and 1 """
     return torch.tensor([[int(c) for c in row.split()] for row in rows.strip().splitlines()]).bool()
 
 # ---- the attention rule
@@ -63,7 +73,11 @@ def test_two_stream_masks_written_out(T, n, rows):
 def test_hierarchical_ids_and_their_errors():
     assert block_ids('hierarchical', 9, 2, (2, 3, 4)).tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4]
     assert block_ids('hierarchical', 9, None, (2, 3, 4)).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
-    for args, word in [(('hierarchical', 9, 2, (2, 3)), 'add up to 5'), (('block', 4), 'diffusion_block_size'), (('diagonal', 4), 'diagonal')]:
+    for args, word in [
+        (('hierarchical', 9, 2, (2, 3)), 'add up to 5'),
+        (('block', 4), 'diffusion_block_size'),
+        (('diagonal', 4), 'diagonal'),
+    ]:
         with pytest.raises(UserError, match=word):
             block_ids(*args)
 
@@ -80,10 +94,16 @@ def test_flex_attention_agrees_with_sdpa():
     from torch.nn.attention.flex_attention import create_block_mask
     ids, noisy = block_ids('block', 24, 5).repeat(2), torch.arange(48) < 24
     q, k, v = torch.randn(3, 2, 2, 48, 16)
-    flex = attend(q, k, v, create_block_mask(mask_mod(ids, noisy), None, None, 48, 48, device='cpu'))
-    assert torch.allclose(flex, attend(q, k, v, dense_mask(ids, noisy)), atol=1e-5)
+    mask = create_block_mask(mask_mod(ids, noisy), None, None, 48, 48, device='cpu')
+    expected = attend(q, k, v, dense_mask(ids, noisy))
+    assert torch.allclose(attend(q, k, v, mask), expected, atol=1e-5)
 
-@pytest.mark.parametrize('ids', [block_ids('causal', 6), block_ids('full', 6), block_ids('block', 6, 4), block_ids('block', 6, 2).repeat(2)])
+@pytest.mark.parametrize('ids', [
+    block_ids('causal', 6),
+    block_ids('full', 6),
+    block_ids('block', 6, 4),
+    block_ids('block', 6, 2).repeat(2),
+])
 def test_no_leakage_by_gradient(ids):
     """ P6: d output[i] / d input[j] is zero exactly where attention over two layers cannot carry it """
     N, model = len(ids), gpt().double()
@@ -92,8 +112,10 @@ def test_no_leakage_by_gradient(ids):
     x = torch.randn(1, N, 16, dtype=torch.double, requires_grad=True)
     pos = torch.arange(6).repeat(N // 6)
     out = model.trunk(x, pos, mask)
-    moved = torch.stack([torch.autograd.grad(out[0, i].square().sum(), x, retain_graph=True)[0][0].abs().sum(-1) for i in range(N)])
-    assert torch.equal(moved > 0, mask) # the rule is transitive, so layers add nothing
+    for i in range(N):
+        grad, = torch.autograd.grad(out[0, i].square().sum(), x, retain_graph=True)
+        used = grad[0].abs().sum(-1) > 0
+        assert torch.equal(used, mask[i]) # the rule is transitive, so layers add nothing
 
 # ---- the network
 
@@ -109,8 +131,10 @@ def test_nanogpt_network_written_out():
     linear = lambda x, name: x @ w[name + '.weight'].T + w[name + '.bias']
     for i in range(2):
         h = f'transformer.h.{i}.'
-        q, k, v = (t.view(2, 12, 2, 8).transpose(1, 2) for t in linear(norm(x, h + 'ln_1'), h + 'attn.c_attn').split(16, -1))
-        att = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(12, 12).triu(1).bool(), -math.inf).softmax(-1)
+        qkv = linear(norm(x, h + 'ln_1'), h + 'attn.c_attn').split(16, -1)
+        q, k, v = (t.view(2, 12, 2, 8).transpose(1, 2) for t in qkv)
+        future = torch.ones(12, 12).triu(1).bool()
+        att = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(future, -math.inf).softmax(-1)
         x = x + linear((att @ v).transpose(1, 2).reshape(2, 12, 16), h + 'attn.c_proj')
         hidden = linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')
         x = x + linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), h + 'mlp.c_proj')
@@ -118,7 +142,8 @@ def test_nanogpt_network_written_out():
     assert torch.allclose(model(idx)[0], logits, atol=1e-4)
     row = torch.randint(11, (2, 13)) # and its loss: without a begin id the first token is context
     expected = F.cross_entropy(model(row[:, :-1])[0].flatten(0, 1), row[:, 1:].flatten())
-    assert torch.allclose(model(row, row)[1], expected) and model.row_length == 13
+    assert torch.allclose(model(row, row)[1], expected)
+    assert model.row_length == 13
 
 @pytest.mark.parametrize('switches', SWITCHES)
 def test_switches_have_equal_parameters_and_start_at_ln_v(switches):
@@ -127,8 +152,10 @@ def test_switches_have_equal_parameters_and_start_at_ln_v(switches):
     model = GPT(GPTConfig(**{**sizes, **switches}))
     body = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
     assert abs(body / (12 * 96 ** 2 * 2) - 1) < 0.01
-    loss = model(idx := torch.randint(65, (8, 32)), idx)[1].item()
-    assert abs(loss - math.log(65)) < (1e-5 if switches.get('init') != 'gpt2' and not switches.get('tie_weights') else 0.1)
+    idx = torch.randint(65, (8, 32))
+    loss = model(idx, idx)[1].item()
+    uniform = switches.get('init') != 'gpt2' and not switches.get('tie_weights')
+    assert abs(loss - math.log(65)) < (1e-5 if uniform else 0.1)
 
 @pytest.mark.parametrize('mlp', ['swiglu', 'gelu'])
 @torch.no_grad()
@@ -139,36 +166,49 @@ def test_the_mlp_written_out(mlp):
     h = block.mlp.c_fc(block.ln_2(x))
     up, gate = h.chunk(2, dim=-1)
     h = up * gate * gate.sigmoid() if mlp == 'swiglu' else h * (1 + torch.erf(h / math.sqrt(2))) / 2
-    assert torch.allclose(block(x, model.rotations(torch.arange(1), x.dtype), 'causal'), x + block.mlp.c_proj(h), atol=1e-5)
+    found = block(x, model.rotations(torch.arange(1), x.dtype), 'causal')
+    assert torch.allclose(found, x + block.mlp.c_proj(h), atol=1e-5)
 
 def test_rope_depends_on_distance_only():
     model = gpt(block_size=40, begin_id=10)
     x = torch.randn(1, 6, 16)
-    near, far = (model.trunk(x, torch.arange(n, n + 6), 'causal') for n in (0, 30))
-    assert torch.allclose(near, far, atol=1e-5) and not torch.allclose(near, model.trunk(x, torch.arange(6) * 2, 'causal'), atol=1e-2)
+    def states(positions):
+        return model.trunk(x, positions, 'causal')
+    near, far, stretched = states(torch.arange(6)), states(torch.arange(30, 36)), states(torch.arange(6) * 2)
+    assert torch.allclose(near, far, atol=1e-5)
+    assert not torch.allclose(near, stretched, atol=1e-2)
 
 def test_rope_turns_pairs_by_position_times_frequency():
-    """ against complex multiplication: pair i turns by position * 10000^(-i / pairs) """
-    table, x = rope_table(GPTConfig(block_size=50, n_head=2, n_embd=16)), torch.randn(50, 8)
+    """ compared with complex multiplication: pair i turns by position * 10000^(-i / pairs) """
+    table = rope_table(GPTConfig(block_size=50, n_head=2, n_embd=16))
+    x = torch.randn(50, 8)
     angle = torch.arange(50.0)[:, None] * 10000 ** (-torch.arange(4.0) / 4)
     turned = torch.complex(x[:, :4], x[:, 4:]) * torch.polar(torch.ones(50, 4), angle)
-    assert torch.allclose(rotate(x, *table), torch.cat((turned.real, turned.imag), 1), atol=1e-4)
+    expected = torch.cat((turned.real, turned.imag), 1)
+    assert torch.allclose(rotate(x, *table), expected, atol=1e-4)
 
 def test_ids_that_no_text_contains_cannot_be_predicted():
     model = gpt(text_size=8, begin_id=9)
     idx = torch.randint(8, (4, 12))
     logits, loss = model(idx, idx)
-    assert (logits[..., 8:] == -math.inf).all() and logits[..., :8].isfinite().all()
+    assert (logits[..., 8:] == -math.inf).all()
+    assert logits[..., :8].isfinite().all()
     loss.backward()
-    assert (model.lm_head.weight.grad[8:] == 0).all() and model.lm_head.weight.grad[:8].abs().sum() > 0
+    grad = model.lm_head.weight.grad
+    assert (grad[8:] == 0).all()
+    assert grad[:8].abs().sum() > 0
     assert model.generate(idx, 50).max() < 8
 
 def test_begin_scores_every_token_and_targets_mark_what_counts():
     model = gpt(text_size=8, begin_id=9)
     idx = torch.randint(8, (3, 12))
     nats, scored = model.nll_bound(idx, idx, n_samples=2)
-    assert scored.tolist() == [12] * 3 and torch.equal(nats[:, 0], nats[:, 1])
-    chain = sum(-model(F.pad(idx[:, :i], (1, 0), value=9))[0][:, -1].log_softmax(-1).gather(1, idx[:, i:i + 1]) for i in range(12))
+    assert scored.tolist() == [12] * 3
+    assert torch.equal(nats[:, 0], nats[:, 1])
+    chain = torch.zeros(3, 1)
+    for i in range(12):
+        log_p = model(F.pad(idx[:, :i], (1, 0), value=9))[0][:, -1].log_softmax(-1)
+        chain -= log_p.gather(1, idx[:, i:i + 1])
     assert torch.allclose(nats[:, :1], chain, atol=1e-4)
     targets = idx.clone()
     targets[:, :5] = -1
@@ -176,9 +216,12 @@ def test_begin_scores_every_token_and_targets_mark_what_counts():
     assert n.tolist() == [7] * 3
     assert torch.allclose(model(idx, targets)[1], some.sum() / 21)
     assert model(idx, torch.full_like(idx, -1))[1] == 0 # nothing scored is no loss, not NaN
-    found, p = model.metrics(idx, targets), model(F.pad(idx[:, :-1], (1, 0), value=9))[0].softmax(-1)[:, 5:]
-    assert abs(found['accuracy'] - (p.argmax(-1) == idx[:, 5:]).float().mean().item()) < 1e-6
-    assert abs(found['entropy'] - torch.distributions.Categorical(p).entropy().mean().item()) < 1e-5
+    found = model.metrics(idx, targets)
+    p = model(F.pad(idx[:, :-1], (1, 0), value=9))[0].softmax(-1)[:, 5:]
+    accuracy = (p.argmax(-1) == idx[:, 5:]).float().mean().item()
+    entropy = torch.distributions.Categorical(p).entropy().mean().item()
+    assert abs(found['accuracy'] - accuracy) < 1e-6
+    assert abs(found['entropy'] - entropy) < 1e-5
 
 def test_gradient_checkpointing_and_dropout():
     idx = torch.randint(11, (2, 12))
@@ -189,15 +232,16 @@ def test_gradient_checkpointing_and_dropout():
         model(idx, idx)[1].backward()
         grads.append(model.transformer.h[0].attn.c_attn.weight.grad)
     assert torch.allclose(*grads, atol=1e-6)
-    assert not torch.equal(model(idx)[0], model(idx)[0]) and torch.equal(model.eval()(idx)[0], model(idx)[0])
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    assert torch.equal(model.eval()(idx)[0], model(idx)[0])
 
 def test_checkpointing_computes_every_layer_twice():
-    """ once forward and, as nothing was kept, once more for the gradients, which are the same """
+    """ once forward and, as nothing was kept, once more for the gradients, which stay the same """
     idx, found = torch.randint(11, (2, 12)), []
     for again in False, True:
         model, calls = gpt(grad_checkpointing=again, begin_id=10).train(), []
         for block in model.transformer.h:
-            block.register_forward_pre_hook(lambda block, inputs: calls.append(block.layer))
+            block.register_forward_pre_hook(lambda block, inputs: calls.append(block.attn.layer))
         loss = model(idx, idx)[1]
         assert calls == [0, 1]
         loss.backward()
@@ -209,9 +253,10 @@ def test_checkpointing_computes_every_layer_twice():
 
 def uncached(model, idx, n, **options):
     """ generation as its definition: the whole visible window through the network for every token """
-    begin = [[model.config.begin_id]] * len(idx) if model.config.begin_id is not None else [[]] * len(idx)
-    begin = torch.tensor(begin, dtype=torch.long)
-    room, start, end = model.config.block_size - begin.size(1), max(0, idx.size(1) - model.config.block_size + begin.size(1)), None
+    begin = [] if model.config.begin_id is None else [model.config.begin_id]
+    begin = torch.tensor([begin] * len(idx), dtype=torch.long)
+    room = model.config.block_size - begin.size(1)
+    start = max(0, idx.size(1) - room)
     for _ in range(n):
         if idx.size(1) - start > room: # the stated policy: the newer half is kept
             start = idx.size(1) - min(room, max(1, room // 2))
@@ -229,12 +274,13 @@ def test_cached_generation_is_uncached_generation(switches, begin_id, T):
     torch.manual_seed(1)
     a = model.generate(prompt, 40, temperature=0.9, top_k=7)
     torch.manual_seed(1)
-    assert torch.equal(a, uncached(model, prompt, 40, temperature=0.9, top_k=7)) and torch.equal(a[:, :T], prompt)
+    assert torch.equal(a, uncached(model, prompt, 40, temperature=0.9, top_k=7))
+    assert torch.equal(a[:, :T], prompt)
 
 @pytest.mark.parametrize('begin_id', [None, 10])
 @pytest.mark.parametrize('block_size', [1, 2, 3])
 def test_the_smallest_contexts(block_size, begin_id):
-    """ a window of one token, or of the begin id alone, goes on and on too """
+    """ windows of one token, or of the begin id alone, slide on without end too """
     model = gpt(text_size=10, block_size=block_size, begin_id=begin_id).double()
     for T in range(begin_id is None, 5):
         prompt = torch.randint(10, (3, T))
@@ -253,7 +299,8 @@ def test_rows_with_prompts_of_different_lengths():
         assert torch.equal(alone[0], row)
     padded[0, 0], stop = 4, int(prompts[2][0, 3]) # a stop within a longer prompt ends nothing
     out = model.generate(padded.repeat(8, 1), 20, stop=stop)[2::3]
-    assert (out[:, :7] == prompts[2][0]).all() and not (out[:, 7:] == stop).all()
+    assert (out[:, :7] == prompts[2][0]).all()
+    assert not (out[:, 7:] == stop).all()
     with pytest.raises(UserError, match='gap'):
         model.generate(torch.tensor([[1, -1, 2]]), 1)
     with pytest.raises(UserError, match='begin id'):
@@ -262,12 +309,17 @@ def test_rows_with_prompts_of_different_lengths():
 def test_stop_ends_each_row_by_itself_and_on_step_sees_every_token():
     model, steps = gpt(begin_id=10, text_size=3), []
     torch.manual_seed(0)
-    out = model.generate(torch.tensor([[2, 1], [0, 1]]), 60, temperature=5.0, stop=2, on_step=lambda s, idx, p, state: steps.append((s, idx.clone(), p, state)))
+    def on_step(step, idx, probs, state):
+        steps.append((step, idx.clone(), probs, state['nfe']))
+    prompt = torch.tensor([[2, 1], [0, 1]])
+    out = model.generate(prompt, 60, temperature=5.0, stop=2, on_step=on_step)
     for row in out:
         new = row[2:].tolist() # a hot model emits it soon; the prompt's own 2 is no stop
-        assert 2 in new and set(new[new.index(2):]) == {2}
-    assert [s for s, *_ in steps] == list(range(1, len(steps) + 1)) == [state['nfe'] for *_, state in steps]
-    assert len(steps) < 60 and all(torch.equal(idx, out[:, :idx.size(1)]) for _, idx, *_ in steps)
+        assert 2 in new
+        assert set(new[new.index(2):]) == {2}
+    assert [step for step, *_ in steps] == list(range(1, len(steps) + 1)) == [nfe for *_, nfe in steps]
+    assert len(steps) < 60
+    assert all(torch.equal(idx, out[:, :idx.size(1)]) for _, idx, *_ in steps)
     assert torch.allclose(steps[0][2].sum(-1), torch.ones(2))
 
 def test_token_probs():
@@ -279,7 +331,8 @@ def test_token_probs():
     crossing = p[0, 0].item() + 0.01 # the token that crosses p stays
     assert (token_probs(logits, top_p=crossing) > 0).tolist() == [[True, True, False, False]]
     assert token_probs(logits, top_p=crossing).sum() == 1
-    assert torch.allclose(token_probs(logits, top_p=1.0), p) and token_probs(logits, top_p=1e-6).argmax() == 0
+    assert torch.allclose(token_probs(logits, top_p=1.0), p)
+    assert token_probs(logits, top_p=1e-6).argmax() == 0
     torch.manual_seed(0)
     counts = torch.bincount(draw(p.expand(40000, 4)), minlength=4) / 40000
     assert (counts - p[0]).abs().max() < 0.01
@@ -289,8 +342,12 @@ def test_token_probs():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_token_probs_are_a_distribution_up_to_the_limits(dtype):
-    """ the coldest is the argmax, ties included, the hottest uniform over the text's ids; top_p keeps a token """
-    logits = torch.tensor([[2.0, 3.0, 3.0, -1.0, -math.inf], [-6e4, -5e4, -6e4, -5e4, -math.inf]]).to(dtype)
+    """
+    The coldest distribution is the argmax, ties included; the hottest is uniform over the text's ids.
+    top_p always keeps a token.
+    """
+    rows = [[2.0, 3.0, 3.0, -1.0, -math.inf], [-6e4, -5e4, -6e4, -5e4, -math.inf]]
+    logits = torch.tensor(rows).to(dtype)
     greedy = torch.tensor([[0.0, 1, 0, 0, 0], [0, 1, 0, 0, 0]])
     for temperature in 0, 0.0, 5e-324, 1e-320, 1e-39, 1e-30, 1e-9:
         for more in {}, dict(top_k=2), dict(top_p=0.5), dict(top_k=3, top_p=1e-320):
@@ -303,8 +360,11 @@ def test_token_probs_are_a_distribution_up_to_the_limits(dtype):
         assert torch.equal(token_probs(logits, top_p=top_p) > 0, greedy > 0)
     large = torch.tensor([[3e38, 1e38, -3e38]]) # their difference is infinite in float32, and that is enough
     assert torch.equal(token_probs(large, 0.5), torch.tensor([[1.0, 0, 0]]))
-    bad = {'temperature': [math.inf, math.nan, 1e39, 10 ** 400, None, True, 'cold'],
-           'top_k': [-1, 2.5, True, 'abc', math.nan], 'top_p': [-0.1, math.nan, math.inf, True, 'x']}
+    bad = {
+        'temperature': [math.inf, math.nan, 1e39, 10 ** 400, None, True, 'cold'],
+        'top_k': [-1, 2.5, True, 'abc', math.nan],
+        'top_p': [-0.1, math.nan, math.inf, True, 'x'],
+    }
     for name, values in bad.items():
         for value in values:
             with pytest.raises(UserError, match=f'{name} is'):
@@ -327,7 +387,8 @@ def test_every_parameter_is_optimized_once_and_learns(optimizer):
     model = GPT(GPTConfig(block_size=12, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
     optimizers = model.configure_optimizers(optimizer, 1e-2)
     held = [p for opt in optimizers for group in opt.param_groups for p in group['params']]
-    assert sorted(map(id, held)) == sorted(map(id, model.parameters())) and len(optimizers) == 1 + (optimizer == 'muon')
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    assert len(optimizers) == 1 + (optimizer == 'muon')
     row = torch.arange(13)[None] % 11
     for _ in range(30):
         loss = model(row, row)[1]
@@ -338,9 +399,13 @@ def test_every_parameter_is_optimized_once_and_learns(optimizer):
     assert loss < 0.5
 
 def test_wrong_settings_end_in_a_sentence():
-    for settings, word in [(dict(norm='batchnorm'), 'rmsnorm, layernorm'), (dict(n_embd=10, n_head=3), 'multiple of n_head'),
-                           (dict(n_embd=6, n_head=2), 'odd'), (dict(attention='full'), 'works with attention causal'),
-                           (dict(text_size=99), 'exceeds vocab_size')]:
+    for settings, word in [
+        (dict(norm='batchnorm'), 'rmsnorm, layernorm'),
+        (dict(n_embd=10, n_head=3), 'multiple of n_head'),
+        (dict(n_embd=6, n_head=2), 'odd'),
+        (dict(attention='full'), 'works with attention causal'),
+        (dict(text_size=99), 'exceeds vocab_size'),
+    ]:
         with pytest.raises(UserError, match=word):
             gpt(**settings)
     with pytest.raises(UserError, match='do not fit the context'):
@@ -351,57 +416,75 @@ def test_wrong_settings_end_in_a_sentence():
 # ---- numbers that are reported
 
 def test_score_is_the_mean_over_tokens_with_two_errors():
-    """ rows of unequal length count by their tokens; the errors are those of the mean over samples and over rows """
+    """
+    Rows of unequal length count by their tokens.
+    The two errors are those of the mean over samples and of the mean over rows.
+    """
     class Fake:
         bound_name = measured = 'nelbo'
         def nll_bound(self, nats, scored, n_samples):
             return nats, scored
     nats = torch.tensor([[4.0, 6.0], [9.0, 11.0], [20.0, 20.0]])
     scored = torch.tensor([5, 10, 10])
-    found = score(Fake(), [dict(nats=nats[:2], scored=scored[:2]), dict(nats=nats[2:], scored=scored[2:])], 2)
-    assert abs(found['nats_per_token'] - 35 / 25) < 1e-12 and abs(found['perplexity'] - math.exp(1.4)) < 1e-9
-    assert abs(found['stderr_monte_carlo'] - math.sqrt((2 + 2 + 0) / 2) / 25) < 1e-12 # variances 2, 2, 0 of two samples each
+    batches = [dict(nats=nats[:2], scored=scored[:2]), dict(nats=nats[2:], scored=scored[2:])]
+    found = score(Fake(), batches, 2)
+    variances = 2, 2, 0 # of the two samples of each row
+    assert abs(found['nats_per_token'] - 35 / 25) < 1e-12
+    assert abs(found['perplexity'] - math.exp(1.4)) < 1e-9
+    assert abs(found['stderr_monte_carlo'] - math.sqrt(sum(variances) / 2) / 25) < 1e-12
     means = torch.tensor([1.0, 1.0, 2.0])
     assert abs(found['stderr_windows'] - means.std().item() / math.sqrt(3)) < 1e-6
     assert (found['windows'], found['tokens'], found['samples_per_window'], found['exact']) == (3, 25, 2, False)
 
 def test_gpt2_init_optimizer_rates_and_flops():
     torch.manual_seed(0)
-    big = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=8, n_head=4, n_embd=128, **{**NANOGPT, 'pos': 'rope'}))
+    settings = {**NANOGPT, 'pos': 'rope'}
+    big = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=8, n_head=4, n_embd=128, **settings))
     for name, p in big.named_parameters():
         if p.dim() == 2: # what a layer adds shrinks with depth
-            assert abs(p.std().item() / (0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02) - 1) < 0.1
-    adamw, muon = big.configure_optimizers('muon', learning_rate=1e-3, muon_learning_rate=3e-2, weight_decay=0.2)
-    assert [(g['lr'], g['weight_decay']) for g in adamw.param_groups + muon.param_groups] == [(1e-3, 0.2), (1e-3, 0.0), (3e-2, 0.2)]
+            expected = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.1
+    rates = dict(learning_rate=1e-3, muon_learning_rate=3e-2, weight_decay=0.2)
+    adamw, muon = big.configure_optimizers('muon', **rates)
+    groups = [(g['lr'], g['weight_decay']) for g in adamw.param_groups + muon.param_groups]
+    assert groups == [(1e-3, 0.2), (1e-3, 0.0), (3e-2, 0.2)]
     body = sum(p.numel() for p in big.parameters()) # tied: the one matrix multiplies in the head
     assert big.flops_per_token() == 6 * body + 12 * 8 * 128 * 8
     assert big.estimate_mfu(1000, 2000 * big.flops_per_token()) == 0.5
 
 def test_queries_and_keys_are_normalised():
-    """ so their scale is lost, which it is not without qk_norm """
+    """ so scaling both changes nothing; without qk_norm it does """
     for normalised in True, False:
         model = gpt(qk_norm=normalised, n_layer=1).double()
         x = torch.randn(1, 6, 16, dtype=torch.double)
         before = model.trunk(x, torch.arange(6), 'causal')
         with torch.no_grad():
             model.transformer.h[0].attn.c_attn.weight[:32] *= 100
-        assert torch.allclose(before, model.trunk(x, torch.arange(6), 'causal'), atol=1e-4) == normalised
+        after = model.trunk(x, torch.arange(6), 'causal')
+        assert torch.allclose(before, after, atol=1e-4) == normalised
 
 def test_dropout_acts_in_every_place(monkeypatch):
-    """ embedding, attention weights, both outputs: p near 1 wipes out what passes, so where only one path is open it is seen """
+    """
+    Dropout acts on the embedding, on attention weights and on both outputs of a layer. p near 1 wipes out
+    what passes, so it is seen where only one path is open.
+    """
     idx = torch.randint(11, (1, 12))
     def differs(where, closed=None):
-        pair = [gpt(), gpt().train()]
-        for model in pair:
-            if closed:
-                [getattr(block, closed).c_proj.weight.data.zero_() for block in model.transformer.h]
-        for part in [pair[1]] if where == 'embedding' else pair[1].transformer.h:
+        """ whether dropout in these places changes the logits, with the path through `closed` shut """
+        plain, dropped = gpt(), gpt().train()
+        for block in [*plain.transformer.h, *dropped.transformer.h] if closed else []:
+            getattr(block, closed).c_proj.weight.data.zero_()
+        layers = [part for block in dropped.transformer.h for part in (block.attn, block.mlp)]
+        for part in [dropped] if where == 'embedding' else layers:
             part.dropout = 0.99
-        return not torch.allclose(pair[0](idx)[0], pair[1](idx)[0])
-    assert differs('embedding') and differs('layers', 'attn') and differs('layers', 'mlp')
+        return not torch.allclose(plain(idx)[0], dropped(idx)[0])
+    assert differs('embedding')
+    assert differs('layers', 'attn')
+    assert differs('layers', 'mlp')
     with monkeypatch.context() as m:
         m.setattr('model.drop', lambda x, module: x)
-        assert differs('layers', 'mlp') and not differs('layers', 'attn') # the attention weights drop by themselves
+        assert differs('layers', 'mlp') # the attention weights drop by themselves
+        assert not differs('layers', 'attn')
     monkeypatch.setattr('model.attend', lambda q, k, v, mask, p: attend(q, k, v, mask))
     assert differs('layers', 'mlp') # and so does what attention adds
     q = torch.randn(1, 1, 4, 8)
@@ -411,28 +494,46 @@ def test_dropout_acts_in_every_place(monkeypatch):
 # ---- weights from elsewhere
 
 def test_weights_of_nanogpt(tmp_path):
-    """ a checkpoint in its format: same logits, whatever number of rows the tables of the new model have; nothing pickled is executed """
+    """
+    A checkpoint in nanoGPT's format gives the same logits, whatever number of rows the tables of the new
+    model have. Nothing pickled is executed.
+    """
     torch.manual_seed(0)
     args = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, bias=True, vocab_size=11, dropout=0.1)
     theirs = GPT(GPTConfig(**args, **NANOGPT)).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.3)
     weights = {'_orig_mod.' + k: v for k, v in theirs.state_dict().items()}
-    torch.save({'model': weights, 'optimizer': {}, 'model_args': args, 'iter_num': 7, 'best_val_loss': torch.tensor(1.5), 'config': {'seed': 1}}, tmp_path / 'ckpt.pt')
+    path = tmp_path / 'ckpt.pt'
+    torch.save({
+        'model': weights,
+        'optimizer': {},
+        'model_args': args,
+        'iter_num': 7,
+        'best_val_loss': torch.tensor(1.5),
+        'config': {'seed': 1},
+    }, path)
     idx = torch.randint(11, (2, 12))
-    assert torch.allclose(GPT.from_pretrained(tmp_path / 'ckpt.pt').eval()(idx)[0], theirs(idx)[0], atol=1e-4)
-    ours = GPT.from_pretrained(tmp_path / 'ckpt.pt', vocab_size=16, text_size=11, begin_id=12, block_size=8).eval()
-    assert torch.allclose(ours(idx[:, :8])[0][..., :11], theirs(idx[:, :8])[0], atol=1e-4) and ours.config.bias and ours.config.n_positions == 9
-    assert OBJECTIVES['mdlm'].from_pretrained(tmp_path / 'ckpt.pt', mask_id=10, text_size=10).config.attention == 'full'
-    for settings, sentence in (dict(vocab_size=64), 'know 11 ids, the text has 64'), (dict(block_size=13), 'know 12 positions, block_size is 13'):
+    assert torch.allclose(GPT.from_pretrained(path).eval()(idx)[0], theirs(idx)[0], atol=1e-4)
+    ours = GPT.from_pretrained(path, vocab_size=16, text_size=11, begin_id=12, block_size=8).eval()
+    short = idx[:, :8]
+    assert torch.allclose(ours(short)[0][..., :11], theirs(short)[0], atol=1e-4)
+    assert ours.config.bias
+    assert ours.config.n_positions == 9
+    mdlm = OBJECTIVES['mdlm'].from_pretrained(path, mask_id=10, text_size=10)
+    assert mdlm.config.attention == 'full'
+    for settings, sentence in [
+        (dict(vocab_size=64), 'know 11 ids, the text has 64'),
+        (dict(block_size=13), 'know 12 positions, block_size is 13'),
+    ]:
         with pytest.raises(UserError, match=sentence):
-            GPT.from_pretrained(tmp_path / 'ckpt.pt', **settings)
+            GPT.from_pretrained(path, **settings)
     torch.save({'model': {}, 'model_args': print}, tmp_path / 'unsafe.pt')
     with pytest.raises(ValueError, match='no checkpoint that can be read'):
         GPT.from_pretrained(tmp_path / 'unsafe.pt')
 
 def nanogpt(**settings):
-    """ a network of nanoGPT's kind, large random weights, and the model_args that it is saved with """
+    """ a network of nanoGPT's kind with large random weights, and the model_args that it is saved with """
     torch.manual_seed(0)
     args = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11)
     model = GPT(GPTConfig(**{**args, **NANOGPT, **settings})).eval()
@@ -444,11 +545,15 @@ IDX = torch.arange(24).view(2, 12) % 11
 MASKS = {f'transformer.h.{i}.attn.bias': torch.ones(1, 1, 12, 12).tril() for i in range(2)}
 MASKS |= {f'transformer.h.{i}.attn.masked_bias': torch.tensor(-1e4) for i in range(2)}
 BEFORE = dict(bias=True, mlp='gelu_tanh') # the option bias: biases, and GPT-2's approximation of gelu
-OLD = [ # what a version was like, what it saved besides or left out
-    (dict(bias=True), dict(bias=True, dropout=0.0), {}, []), (dict(bias=False), dict(bias=False), {}, []), # today's
+OLD = [
+    # a version's network, what its model_args hold besides sizes,
+    # what it saves besides its parameters, and which of those it leaves out
+    (dict(bias=True), dict(bias=True, dropout=0.0), {}, []), # today's
+    (dict(bias=False), dict(bias=False), {}, []),
     (BEFORE, dict(dropout=0.1), {}, []),
     (BEFORE | dict(tie_weights=False), {}, {}, []), # the first had a head of its own
-    (BEFORE, {}, MASKS, []), (dict(bias=False), dict(bias=False), MASKS, []), # causal masks among the weights
+    (BEFORE, {}, MASKS, []), # causal masks among the weights
+    (dict(bias=False), dict(bias=False), MASKS, []),
     (dict(bias=True), dict(bias=True), {}, ['lm_head.weight']), # a tied head, saved once
     (dict(bias=False), dict(bias=True), {}, []), # what the weights hold decides
 ]
@@ -461,7 +566,8 @@ def test_every_version_of_nanogpt_is_read(network, more, masks, gone, prefix, tm
     torch.save({'model': weights, 'model_args': args | more, 'iter_num': 7, 'config': {}}, tmp_path / 'ckpt.pt')
     ours = GPT.from_pretrained(tmp_path / 'ckpt.pt').eval()
     assert torch.allclose(ours(IDX)[0], theirs(IDX)[0], atol=1e-5)
-    assert all(getattr(ours.config, k) == getattr(theirs.config, k) for k in ARCHITECTURE) # as train.py takes them
+    for name in fields_of(GPTConfig, 'weights'): # as train.py takes them
+        assert getattr(ours.config, name) == getattr(theirs.config, name)
 
 def test_tokens_of_nanogpt_are_gpt2s_where_its_table_is(tmp_path):
     for rows, text in (50257, {'tokenizer': 'gpt2'}), (50304, {'tokenizer': 'gpt2'}), (65, {}), (100000, {}):
@@ -469,17 +575,23 @@ def test_tokens_of_nanogpt_are_gpt2s_where_its_table_is(tmp_path):
         weights = {'transformer.wte.weight': torch.zeros(rows, 1)}
         torch.save({'model': weights, 'model_args': args}, tmp_path / 'ckpt.pt')
         known, _, found = read_pretrained(tmp_path / 'ckpt.pt')
-        assert found == text and known['vocab_size'] == rows
+        assert found == text
+        assert known['vocab_size'] == rows
 
 @pytest.mark.parametrize('n_layer, n_head, n_embd, parameters', [ # gpt2, -medium, -large, -xl, as published
-    (12, 12, 768, 124439808), (24, 16, 1024, 354823168), (36, 20, 1280, 774030080), (48, 25, 1600, 1557611200)])
+    (12, 12, 768, 124439808),
+    (24, 16, 1024, 354823168),
+    (36, 20, 1280, 774030080),
+    (48, 25, 1600, 1557611200),
+])
 def test_gpt2_of_every_size_has_a_network_here(n_layer, n_head, n_embd, parameters):
     sizes = dict(block_size=1024, vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with torch.device('meta'):
         assert GPT(GPTConfig(**sizes, bias=True, **{**NANOGPT, 'mlp': 'gelu_tanh'})).n_params() == parameters
 
 @pytest.mark.parametrize('broken, sentence', [
-    (lambda c: c.pop('model'), "ckpt.pt has no 'model'"), (lambda c: c.update(model=[1]), "has no 'model'"),
+    (lambda c: c.pop('model'), "ckpt.pt has no 'model'"),
+    (lambda c: c.update(model=[1]), "has no 'model'"),
     (lambda c: c.update(model_args=None), "has no 'model_args'"),
     (lambda c: c['model_args'].pop('n_head'), "'model_args' of .*ckpt.pt has no 'n_head'"),
     (lambda c: c['model_args'].update(n_head='2'), "has no 'n_head'"),
@@ -507,13 +619,15 @@ def test_weights_of_gpt2(tmp_path):
     """ a folder as Hugging Face writes it: same logits """
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=101, n_positions=24, bos_token_id=0, eos_token_id=0)).eval()
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=101, n_positions=24, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.3) # large, so that gelu and its approximation differ
     theirs.save_pretrained(tmp_path / 'gpt2')
     idx = torch.randint(101, (2, 24))
     ours = GPT.from_pretrained(str(tmp_path / 'gpt2')).eval()
-    assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4) and ours.config.mlp == 'gelu_tanh'
+    assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
+    assert ours.config.mlp == 'gelu_tanh'
     theirs.config.activation_function = 'relu'
     theirs.config.save_pretrained(tmp_path / 'gpt2')
     with pytest.raises(ValueError, match='another kind: relu'):
@@ -521,7 +635,7 @@ def test_weights_of_gpt2(tmp_path):
 
 @pytest.mark.parametrize('tied, saved', [(True, True), (True, False), (False, True)])
 def test_gpt2_with_and_without_a_head(tied, saved, tmp_path):
-    """ a tied head may be in the file or not; one of its own is read as such; without it the folder is not whole """
+    """ a tied head may be in the file or not; a head of its own must be, and is read as one """
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
     sizes = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=12, bos_token_id=0, eos_token_id=0)
@@ -533,7 +647,8 @@ def test_gpt2_with_and_without_a_head(tied, saved, tmp_path):
     config.save_pretrained(tmp_path)
     torch.save(weights | MASKS, tmp_path / 'pytorch_model.bin')
     ours = GPT.from_pretrained(str(tmp_path)).eval()
-    assert torch.allclose(ours(IDX)[0], theirs(IDX).logits, atol=1e-4) and ours.config.tie_weights == tied
+    assert torch.allclose(ours(IDX)[0], theirs(IDX).logits, atol=1e-4)
+    assert ours.config.tie_weights == tied
     for gone in ['transformer.h.0.mlp.c_fc.bias'] + ['lm_head.weight'] * (not tied):
         torch.save({k: v for k, v in weights.items() if k != gone}, tmp_path / 'pytorch_model.bin')
         with pytest.raises(UserError, match=f'is not a whole GPT-2: it lacks {gone}'):
@@ -547,11 +662,14 @@ def test_gpt2_with_and_without_a_head(tied, saved, tmp_path):
 def test_checkpoints_give_the_weights_asked_for(tmp_path):
     model = gpt()
     ema = {k: v * 2 for k, v in model.state_dict().items()}
-    torch.save({'format': 1, 'objective': 'ar', 'config': asdict(model.config), 'model': model.state_dict(), 'ema': ema}, tmp_path / 'c.pt')
-    raw, average = (load_checkpoint(tmp_path / 'c.pt', weights=w)[0] for w in ('raw', 'ema'))
-    assert torch.equal(raw.lm_head.weight * 2, average.lm_head.weight) and not raw.training
+    path = tmp_path / 'c.pt'
+    ckpt = {'format': 1, 'objective': 'ar', 'config': asdict(model.config), 'model': model.state_dict(), 'ema': ema}
+    torch.save(ckpt, path)
+    raw, average = (load_checkpoint(path, weights=w)[0] for w in ('raw', 'ema'))
+    assert torch.equal(raw.lm_head.weight * 2, average.lm_head.weight)
+    assert not raw.training
     with pytest.raises(ValueError, match='cannot be read as ar'):
-        load_checkpoint(tmp_path / 'c.pt', view='ar')
+        load_checkpoint(path, view='ar')
 
 # ---- what a subclass inherits
 
@@ -560,46 +678,75 @@ def own(self, *args, **options):
 
 WHOLE = dict(loss='kept', bound='kept', writes=True, measures=True, views=True)
 NOTHING = dict(loss='ce', bound=None, writes=False, measures=False, views=False)
+DISCRETE_HEIRS = [ # what a subclass of MDLM or BD3LM defines, and what of the rest still holds
+    ({}, WHOLE),
+    (dict(logits=own, embed=own, __init__=own), WHOLE),
+    (dict(generate=own, metrics=own), WHOLE),
+    # another corruption
+    (dict(forward=own), NOTHING),
+    (dict(forward=own, corrupt=own, nelbo=own, sample_t=own), NOTHING),
+    (dict(corrupt=own), NOTHING | dict(views=True)),
+    (dict(groups=own), NOTHING | dict(views=True)),
+    (dict(scored=own), NOTHING | dict(views=True)),
+    # another loss, other levels, another reading
+    (dict(nelbo=own), WHOLE | dict(loss='ce')),
+    (dict(sample_t=own), WHOLE | dict(loss='ce')),
+    (dict(loss_rows=own), WHOLE | dict(loss='ce')),
+    (dict(ce=own), WHOLE | dict(loss='ce', bound=None)),
+    (dict(denoise=own), WHOLE | dict(bound=None, measures=False)),
+    # what the class says itself
+    (dict(forward=own, nll_bound=own), NOTHING | dict(bound='kept')),
+    (dict(corrupt=own, bound_name='nelbo'), NOTHING | dict(bound='kept', views=True)),
+    (dict(forward=own, bound_name=None), NOTHING),
+    (dict(forward=own, loss_name='nelbo'), NOTHING | dict(loss='nelbo')),
+    (dict(forward=own, generate=MDLM.generate), NOTHING | dict(writes=True)),
+    (dict(forward=own, generate=own), NOTHING | dict(writes=True)),
+    (dict(forward=own, loss_name=MDLM.loss_name, bound_name='nelbo', generate=MDLM.generate,
+          metrics=MDLM.metrics, views=MDLM.views), WHOLE),
+]
 HEIRS = [ # a class, what a subclass of it defines, and what of the rest still holds
     (GPT, dict(forward=own), NOTHING | dict(writes=True, measures=True)),
     (GPT, dict(forward=own, attentions=('full',)), NOTHING),
-    (GPT, dict(shift=own), NOTHING), (GPT, dict(next_token_logits=own), NOTHING),
-    (GPT, dict(forward=own, corrupt=own), NOTHING), (GPT, dict(next_token_loss=own), WHOLE | dict(loss='ce')),
-    (GPT, dict(logits=own), WHOLE), (GPT, dict(__init__=own, embed=own, trunk=own), WHOLE),
-    (GPT, dict(forward=own, nll_bound=own), NOTHING | dict(bound='kept', writes=True, measures=True)),
-    (Denoiser, dict(forward=own), NOTHING), (Denoiser, dict(forward=own, nll_bound=own), NOTHING | dict(bound='nelbo')),
-    (DFGPT, dict(forward=own), NOTHING | dict(loss='kept')), (DFGPT, dict(q_sample=own), NOTHING | dict(loss='kept')),
+    (GPT, dict(shift=own), NOTHING),
+    (GPT, dict(next_token_logits=own), NOTHING),
+    (GPT, dict(forward=own, corrupt=own), NOTHING),
+    (GPT, dict(next_token_loss=own), WHOLE | dict(loss='ce')),
+    (GPT, dict(logits=own), WHOLE),
+    (GPT, dict(__init__=own, embed=own, trunk=own), WHOLE),
+    (GPT, dict(forward=own, nll_bound=own), NOTHING | dict(bound='nelbo', writes=True, measures=True)),
+    (GPT, dict(nll_bound=own), WHOLE | dict(bound='nelbo')), # exact only if it says so
+    (GPT, dict(nll_bound=own, bound_name='nll'), WHOLE),
+    (Denoiser, dict(forward=own), NOTHING),
+    (Denoiser, dict(forward=own, nll_bound=own), NOTHING | dict(bound='nelbo')),
+    (DFGPT, dict(forward=own), NOTHING | dict(loss='kept')),
+    (DFGPT, dict(q_sample=own), NOTHING | dict(loss='kept')),
     (DFGPT, dict(df_noise=own), NOTHING | dict(loss='kept')),
-    (DFGPT, dict(_compute_loss_weight=own, df_context=own), WHOLE),
-    *((kind, *case) for kind in (MDLM, BD3LM) for case in [
-        ({}, WHOLE), (dict(logits=own, embed=own, __init__=own), WHOLE), (dict(generate=own, metrics=own), WHOLE),
-        # another corruption
-        (dict(forward=own), NOTHING), (dict(forward=own, corrupt=own, nelbo=own, sample_t=own), NOTHING),
-        (dict(corrupt=own), NOTHING | dict(views=True)), (dict(groups=own), NOTHING | dict(views=True)),
-        (dict(scored=own), NOTHING | dict(views=True)),
-        # another loss, other levels, another reading
-        (dict(nelbo=own), WHOLE | dict(loss='ce')), (dict(sample_t=own), WHOLE | dict(loss='ce')),
-        (dict(rows=own), WHOLE | dict(loss='ce')), (dict(ce=own), WHOLE | dict(loss='ce', bound=None)),
-        (dict(denoise=own), WHOLE | dict(bound=None, measures=False)),
-        # what the class says itself
-        (dict(forward=own, nll_bound=own), NOTHING | dict(bound='kept')),
-        (dict(corrupt=own, bound_name='nelbo'), NOTHING | dict(bound='kept', views=True)),
-        (dict(forward=own, bound_name=None), NOTHING),
-        (dict(forward=own, loss_name='nelbo'), NOTHING | dict(loss='nelbo')),
-        (dict(forward=own, generate=MDLM.generate), NOTHING | dict(writes=True)),
-        (dict(forward=own, generate=own), NOTHING | dict(writes=True)),
-        (dict(forward=own, loss_name=MDLM.loss_name, bound_name='nelbo', generate=MDLM.generate, metrics=MDLM.metrics,
-              views=MDLM.views), WHOLE)]),
+    (DFGPT, dict(_compute_loss_weight=own), WHOLE),
+    (DFText, dict(forward=own), NOTHING | dict(loss='kept')),
+    (DFText, dict(likelihood=own), NOTHING | dict(loss='kept')),
+    (DFText, dict(df_posterior=own), WHOLE | dict(bound=None, views=False)),
+    (DFText, dict(df_context=own), WHOLE),
+    *((kind, *case) for kind in (MDLM, BD3LM) for case in DISCRETE_HEIRS),
 ]
+
+def subclass(how, parent, defines):
+    """ a class that inherits from parent and defines these names, made in one of four ways """
+    if how == 'class':
+        return type('Mine', (parent,), defines)
+    if how == 'mixin':
+        return type('Mine', (type('Own', (), defines), parent), {})
+    if how == 'grandchild':
+        return type('Mine', (type('Base', (parent,), defines),), {})
+    return type('Mine', (type('Base', (parent,), {}),), defines)
 
 @pytest.mark.parametrize('how', ['class', 'mixin', 'grandchild', 'wrapped'])
 @pytest.mark.parametrize('parent, defines, holds', HEIRS, ids=lambda x: getattr(x, '__name__', None) or ','.join(x))
 def test_a_class_claims_only_what_is_its_own(parent, defines, holds, how):
-    """ another corruption has no bound and no sampler of [MASK], other weights have both; however the class is made """
-    kind = {'class': lambda: type('Mine', (parent,), defines),
-            'mixin': lambda: type('Mine', (type('Own', (), defines), parent), {}),
-            'grandchild': lambda: type('Mine', (type('Base', (parent,), defines),), {}),
-            'wrapped': lambda: type('Mine', (type('Base', (parent,), {}),), defines)}[how]()
+    """
+    A class with another corruption has neither a bound nor a sampler of [MASK]; one with other weights
+    has both. This holds however the class is made.
+    """
+    kind = subclass(how, parent, defines)
     kept_or = lambda said, parents: parents if said == 'kept' else said
     refuses = lambda claim: getattr(kind, claim).__code__.co_name == 'refuse'
     assert kind.loss_name == kept_or(holds['loss'], parent.loss_name)
@@ -627,9 +774,10 @@ def test_the_objectives_here_keep_their_names():
     for name, settings, loss in ('mdlm', {}, 'nelbo'), ('bd3lm', blocks, 'nelbo'), ('mdlm', dict(t_dist='bell'), 'ce'):
         model = OBJECTIVES[name](GPTConfig(**sizes, **settings))
         assert (model.measured, model.bound_name, model.loss_name) == ('nelbo', 'nelbo', loss)
-    df = DFGPT(GPTConfig(**sizes))
-    assert (df.measured, df.loss_name) == ('nelbo', 'ce')
-    assert set(df.views()) == {'autoregressive', 'pyramid', 'full_sequence'}
+    for name, measured, loss in ('df', 'nelbo', 'ce'), ('df_published', 'nelbo_gaussian', 'mse'):
+        model = OBJECTIVES[name](GPTConfig(**sizes)) # its own settings have their defaults
+        assert (model.measured, model.loss_name) == (measured, loss)
+        assert set(model.views()) == {'autoregressive', 'pyramid', 'full_sequence'}
 
 def test_a_corruption_of_ones_own_has_neither_bound_nor_sampler(tmp_path, here):
     """ random tokens in place of [MASK], as people write it: ce and no nelbo; sample.py says what is missing """
@@ -678,17 +826,19 @@ TINIEST = dict(block_size=8, vocab_size=8, mask_id=7, n_layer=1, n_head=1, n_emb
     (dict(attention='full', segments='2,2,4'), dict(mdlm='full')),
 ])
 def test_the_attention_nobody_chose_is_the_objectives(settings, usual, tmp_path):
-    """ resolved in the model's own config and in what it saves, while a config that several classes are given stays """
+    """ the model's own config and its checkpoint name it; a config that several classes are given stays as it is """
     config = GPTConfig(**TINIEST, **settings)
     before = asdict(config)
     for name, attention in usual.items():
         model = OBJECTIVES[name](config)
-        assert model.config.attention == attention and asdict(config) == before
+        assert model.config.attention == attention
+        assert asdict(config) == before
         assert load_checkpoint(saved(tmp_path, model, name))[0].config == model.config
         if attention == 'full': # a later token does change an earlier prediction
             for p in model.parameters():
                 torch.nn.init.normal_(p)
-            assert not torch.equal(model(torch.zeros(1, 8).long())[0][:, 0], model(torch.arange(8)[None])[0][:, 0])
+            zeros, others = torch.zeros(1, 8).long(), torch.arange(8)[None]
+            assert not torch.equal(model(zeros)[0][:, 0], model(others)[0][:, 0])
 
 @pytest.mark.parametrize('objective, settings, sentence', [
     ('ar', dict(attention='full'), 'works with attention causal, not .full'),
@@ -706,7 +856,9 @@ def test_an_attention_that_does_not_go_ends_in_a_sentence(objective, settings, s
 def small(objective='mdlm', **settings):
     torch.manual_seed(0)
     sizes = dict(block_size=8, vocab_size=8, text_size=5, begin_id=6, mask_id=7, n_layer=1, n_head=2, n_embd=8)
-    model = OBJECTIVES[objective](GPTConfig(**{**sizes, 'df_sampling_timesteps': 2, **settings})).eval()
+    own = OBJECTIVES[objective]
+    levels = dict(df_sampling_timesteps=2) if issubclass(own, DFGPT) else {}
+    model = own(own.config_class(**{**sizes, **levels, **settings})).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return model
@@ -718,57 +870,104 @@ def saved(tmp_path, model, objective='mdlm', **changes):
     torch.save(ckpt | changes, tmp_path / 'ckpt.pt')
     return tmp_path / 'ckpt.pt'
 
-def other_values(field, value):
-    """ of a field of GPTConfig """
-    if field.name in CHOICES:
-        return [choice for choice in CHOICES[field.name] if choice != value]
-    return {bool: [not value], int: [(value or 4) - 1, (value or 4) + 1], float: [0.25, 0.5]}[field.type]
+def other_values(config_class, field, value):
+    """ values of a field other than this one """
+    if field.name in config_class.choices:
+        return [choice for choice in config_class.choices[field.name] if choice != value]
+    kind = (typing.get_args(field.type) or [field.type])[0]
+    return {bool: [not value], int: [(value or 4) - 1, (value or 4) + 1], float: [0.25, 0.5]}[kind]
 
-@pytest.mark.parametrize('objective', ['mdlm', 'df'])
-def test_the_place_of_a_field_says_whether_weights_fix_it(objective):
-    """ those of GPTConfig itself, without a list of them; any value of a field of Task goes with the same weights """
-    own, task = GPTConfig.__annotations__.keys(), {field.name for field in fields(Task)}
-    assert {*ARCHITECTURE, *DF_ARCHITECTURE} == own and not task & own
+@pytest.mark.parametrize('objective', ['mdlm', 'df', 'df_published'])
+def test_a_field_says_whether_weights_fix_it(objective):
+    """ any value of another field goes with the same weights """
     model, idx = small(objective, attention='causal', pos='learned'), torch.arange(8)[None] % 5
+    config_class, fixed = type(model.config), fields_of(type(model.config), 'weights')
     meant_to_differ = {'block_size', 'vocab_size', 'begin_id', 'text_size', 'attention', 'diffusion_block_size',
-                       'segments', 'causal_within_block', 'df_stabilization_level'}
-    for field in (field for field in fields(Task) if field.name not in meant_to_differ):
-        for value in other_values(field, getattr(model.config, field.name)):
+                       'segments', 'causal_within_block', 'df_stabilization_level', 'df_clip_noise'}
+    others = [f for f in fields(config_class) if f.name not in meant_to_differ and f.name not in fixed]
+    assert len(others) > 10
+    for field in others:
+        for value in other_values(config_class, field, getattr(model.config, field.name)):
             with contextlib.suppress(UserError): # some do not go with the other settings
-                same = type(model)(GPTConfig(**asdict(model.config) | {field.name: value})).eval()
+                same = type(model)(replace(model.config, **{field.name: value})).eval()
                 same.load_state_dict(model.state_dict())
-                assert torch.equal(same(idx)[0], model(idx)[0]), f"weights fix {field.name}: it belongs to GPTConfig"
+                assert torch.equal(same(idx)[0], model(idx)[0]), f"weights fix {field.name}: declare it of_weights"
 
-OTHER = dict(n_layer=2, n_head=4, n_embd=16, bias=True, pos='learned', norm='rmsnorm', mlp='gelu_tanh', qk_norm=False,
-             tie_weights=True, df_objective='pred_v', df_timesteps=16, df_beta_schedule='sigmoid', df_embed_norm=2.0,
-             df_x0_wpe=True, df_level_embed='concat')
+OTHER = dict( # than the defaults
+    n_layer=2,
+    n_head=4,
+    n_embd=16,
+    bias=True,
+    pos='learned',
+    norm='rmsnorm',
+    mlp='gelu_tanh',
+    qk_norm=False,
+    tie_weights=True,
+    df_objective='pred_v',
+    df_timesteps=16,
+    df_beta_schedule='sigmoid',
+    df_embed_norm=2.0,
+    df_x0_wpe=True,
+    df_level_embed='concat',
+)
 
-@pytest.mark.parametrize('name', [*ARCHITECTURE, *DF_ARCHITECTURE])
-def test_weights_bring_what_they_fix(name, tmp_path):
-    """ each field alone, into another objective too; a checkpoint that does not say it is another version's """
-    df, value, needs = name.startswith('df_'), OTHER[name], {}
-    if name in ('df_x0_wpe', 'df_level_embed'):
-        needs = dict(pos='learned', df_objective='pred_v')
-    model = small('df' if df else 'mdlm', **{name: value}, **needs)
-    path = saved(tmp_path, model)
-    into, settings = (DFGPT, dict(df_sampling_timesteps=2)) if df else (BD3LM, dict(diffusion_block_size=2))
-    other = into.from_pretrained(path, **settings)
-    assert getattr(other.config, name) == value != getattr(GPTConfig(), name)
+FIXED = [('mdlm', 'bd3lm', name) for name in fields_of(GPTConfig, 'weights')] # (from, into, field)
+FIXED += [(kind, kind, name) for kind in ('df', 'df_published')
+          for name in fields_of(OBJECTIVES[kind].config_class, 'weights') if name.startswith('df_')]
+
+@pytest.mark.parametrize('source, target, name', FIXED)
+def test_weights_bring_what_they_fix(source, target, name, tmp_path):
+    """ each field alone, into another objective too; a checkpoint without the field is another version's """
+    value = OTHER[name]
+    model = small(source, **{'pos': 'learned', name: value} if name == 'df_x0_wpe' else {name: value})
+    path = saved(tmp_path, model, source)
+    settings = {'bd3lm': dict(diffusion_block_size=2)}.get(target, dict(df_sampling_timesteps=2))
+    other = OBJECTIVES[target].from_pretrained(path, **settings)
+    assert getattr(other.config, name) == value != getattr(type(model.config)(), name)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
     assert read_pretrained(path)[0][name] == value
-    assert (name in read_pretrained(saved(tmp_path, small()))[0]) != df # weights of others say nothing of df
+    # weights of others say nothing of df, and those of df more than others need
+    assert (name in read_pretrained(saved(tmp_path, small()))[0]) == (source == 'mdlm')
+    saved(tmp_path, model, source)
     config = {k: v for k, v in asdict(model.config).items() if k != name}
     for read in read_pretrained, load_checkpoint:
         with pytest.raises(UserError, match=f'another version: it does not say {name}, which the weights fix'):
-            read(saved(tmp_path, model, 'df' if df else 'mdlm', config=config))
+            read(saved(tmp_path, model, source, config=config))
+
+@pytest.mark.parametrize('source, target', [('df', 'df_published'), ('df', 'mdlm'), ('df_published', 'df')])
+def test_settings_of_another_objective_stay_where_they_are(source, target, tmp_path):
+    """ the weights of one df say how many levels they know, which the other may use, and no setting of mdlm """
+    model = small(source, df_timesteps=16)
+    known, weights, _ = read_pretrained(saved(tmp_path, model, source))
+    if target == 'mdlm':
+        with pytest.raises(UserError, match='lm_head.weight is missing'):
+            MDLM.from_pretrained(tmp_path / 'ckpt.pt')
+        return
+    other = OBJECTIVES[target].from_pretrained(tmp_path / 'ckpt.pt')
+    assert other.config.df_timesteps == 16
+    trunk = {k: v for k, v in weights.items() if not k.startswith('df_')}
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in trunk.items())
+
+@pytest.mark.parametrize('objective', ['ar', 'mdlm', 'df', 'df_published'])
+def test_checkpoints_from_when_df_was_one_objective(objective, tmp_path):
+    """ every objective then had the settings of df, and df_objective said which of the two it was """
+    model = small(objective)
+    once = {f.name: f.default for kind in ('df', 'df_published') for f in fields(OBJECTIVES[kind].config_class)}
+    once |= {'df_objective': 'pred_token'} | asdict(model.config)
+    path = saved(tmp_path, model, 'df' if objective == 'df_published' else objective, config=once)
+    loaded, ckpt = load_checkpoint(path)
+    assert type(loaded) is type(model) and loaded.config == model.config
+    assert ckpt['objective'] == objective and ckpt['config'] == asdict(model.config)
+    assert type(model).from_pretrained(path).config.n_embd == 8
 
 def test_checkpoints_of_other_versions(tmp_path):
-    """ what the weights do not fix takes its default; a field that is not known here may mean anything """
+    """ a field that the weights do not fix takes its default; a field that is not known here may mean anything """
     model = small()
-    newer = 't_dist', 'ar_weight', 'df_sampler', 'df_objective', 'attn_backend'
+    newer = 't_dist', 'ar_weight', 'attn_backend'
     path = saved(tmp_path, model, config={k: v for k, v in asdict(model.config).items() if k not in newer})
     assert load_checkpoint(path)[0].config == model.config
-    brought = *ARCHITECTURE, 'block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id', 'attention'
+    brought = ['block_size', 'vocab_size', 'text_size', 'begin_id', 'mask_id', 'attention']
+    brought += fields_of(GPTConfig, 'weights')
     assert MDLM.from_pretrained(path).config == GPTConfig(**{k: getattr(model.config, k) for k in brought})
     later = asdict(model.config) | {'n_expert': 4, 'logit_cap': 30.0}
     for read in read_pretrained, load_checkpoint:
@@ -776,23 +975,27 @@ def test_checkpoints_of_other_versions(tmp_path):
             read(saved(tmp_path, model, config=later))
 
 def test_an_objective_that_is_not_known_here(tmp_path):
-    """ a sentence that names it, those that are known, and the file that it needs; with that file it is known """
+    """ one sentence names it, the known ones, and the file that defines it; with that file it is known """
     path = saved(tmp_path, small(), 'uniform')
     for objectives in {}, {'mine': MDLM}:
         with pytest.raises(UserError) as e:
             load_checkpoint(path, objectives=objectives)
         assert str(e.value) == (
             f"the objective 'uniform' of {path} is not known here, only {', '.join([*OBJECTIVES, *objectives])}: "
-            "one of a provider.py needs that file in the folder of its dataset, mine")
+            "one of a provider.py needs that file in the folder of its dataset, mine; "
+            "from Python, give load_checkpoint its OBJECTIVES as objectives=")
     with pytest.raises(UserError, match="the objective 'uniform' of the checkpoint is not known here"):
         load_checkpoint(torch.load(path))
     assert type(load_checkpoint(path, objectives={'uniform': MDLM})[0]) is MDLM
 
 @pytest.mark.parametrize('objective', ['ar', 'mdlm', 'df'])
 @pytest.mark.parametrize('broken, sentence', [
-    (lambda c: c.pop('objective'), "has no 'objective'"), (lambda c: c.pop('config'), "has no 'config'"),
-    (lambda c: c.pop('model'), "has no 'model'"), (lambda c: c.pop('format'), "has no 'format'"),
-    (lambda c: c.update(format='new'), "has no 'format'"), (lambda c: c.update(config=[1]), "has no 'config'"),
+    (lambda c: c.pop('objective'), "has no 'objective'"),
+    (lambda c: c.pop('config'), "has no 'config'"),
+    (lambda c: c.pop('model'), "has no 'model'"),
+    (lambda c: c.pop('format'), "has no 'format'"),
+    (lambda c: c.update(format='new'), "has no 'format'"),
+    (lambda c: c.update(config=[1]), "has no 'config'"),
     (lambda c: c['model'].pop('transformer.ln_f.weight'), 'of .*ckpt.pt do not fit .*ln_f.weight is missing'),
     (lambda c: c['model'].update(rotary=torch.ones(2)), 'rotary is unknown here'),
     (lambda c: c['config'].update(n_embd=16), r'wte.weight is \(8, 8\) there and \(8, 16\) here, .* and \d+ more'),
@@ -819,11 +1022,13 @@ def test_a_checkpoint_that_does_not_fit_is_a_sentence(objective, broken, sentenc
     ('ar', 'mdlm', dict(pos='learned'), 'transformer.wpe.weight is missing'),
     ('mdlm', 'ar', dict(vocab_size=16, text_size=9), 'the weights know 8 ids, the text has 9'),
     ('df', 'mdlm', {}, 'lm_head.weight is missing, df_head.weight is unknown here'),
-    ('ar', 'mdlm', dict(block_size=16), None), ('ar', 'df', {}, None), ('df', 'df', {}, None),
-    ('ar', 'df', dict(df_objective='pred_v'), None),
+    ('ar', 'mdlm', dict(block_size=16), None),
+    ('ar', 'df', {}, None),
+    ('df', 'df', {}, None),
+    ('ar', 'df_published', {}, None),
 ])
 def test_weights_that_do_not_fit_are_named(source, target, settings, sentence):
-    """ whichever objective they come from: shapes, then what is missing, then what is unknown """
+    """ whichever objective they come from: first shapes, then what is missing, then what is unknown """
     weights = small(source).state_dict()
     model = small(target, **settings)
     if sentence is None:
@@ -843,44 +1048,59 @@ def test_a_tied_head_need_not_be_saved():
 
 # ---- where nothing is hidden or scored
 
-KINDS = [('ar', {}), ('ar', dict(begin_id=None)), ('denoise', {}), ('mdlm', {}), ('mdlm', dict(segments='2,2,4')),
-         ('bd3lm', dict(diffusion_block_size=2)), ('bd3lm', dict(diffusion_block_size=1)), ('df', {}),
-         ('df', dict(attention='full')), ('df', dict(df_objective='pred_v'))]
+KINDS = [
+    ('ar', {}),
+    ('ar', dict(begin_id=None)),
+    ('denoise', {}),
+    ('mdlm', {}),
+    ('mdlm', dict(segments='2,2,4')),
+    ('bd3lm', dict(diffusion_block_size=2)),
+    ('bd3lm', dict(diffusion_block_size=1)),
+    ('df', {}),
+    ('df', dict(attention='full')),
+    ('df_published', dict(df_objective='pred_v')),
+]
 
 @pytest.mark.parametrize('objective, settings', KINDS, ids=str)
 def test_no_metric_is_nan(objective, settings):
-    """ of nothing, or of so little that by chance nothing is hidden, a metric has no value and is left out """
+    """ where nothing is scored, or by chance nothing is hidden, a metric has no value and is left out """
     model, x = small(objective, **settings), torch.arange(512).view(64, 8) % 5
     with_text = set(model.metrics(x, x))
-    one = {'ar': 'entropy', 'denoise': 'accuracy', 'df': 'accuracy_level_8'}.get(objective, 'accuracy_15_hidden')
+    one = {'ar': 'entropy', 'denoise': 'accuracy', 'mdlm': 'accuracy_15_hidden', 'bd3lm': 'accuracy_15_hidden',
+           'df': 'accuracy_level_8', 'df_published': 'accuracy_level_8'}[objective]
     assert one in with_text
-    for rows, T in (2, 8), (1, 8), (1, 1 + (objective == 'ar' and 'begin_id' in settings)):
+    shortest = 1 + (objective == 'ar' and 'begin_id' in settings)
+    for rows, T in (2, 8), (1, 8), (1, shortest):
         for scored in 0, 1, T:
             idx = x[:rows, :T]
             targets = torch.where(torch.arange(T) >= T - scored, idx, -1)
             for seed in range(8): # of 15 % of a token mostly nothing is hidden
                 torch.manual_seed(seed)
                 found = model.metrics(idx, targets)
-                assert all(math.isfinite(v) for v in found.values()) and found.keys() <= with_text
+                assert all(math.isfinite(v) for v in found.values())
+                assert found.keys() <= with_text
             assert scored or found.keys() <= {'embedding_spread'}
 
 @pytest.mark.parametrize('objective, settings', KINDS, ids=str)
 @torch.no_grad()
 def test_a_score_of_nothing_is_a_sentence(objective, settings):
-    """ no rows, or rows without a scored token; a few among them are scored as if alone """
+    """ no rows, or rows without a scored token; among others such rows change nothing """
     model, x = small(objective, **settings), torch.arange(16).view(2, 8) % 5
     nothing = torch.full_like(x, -1)
     for batches in [], [dict(idx=x, targets=nothing)], [dict(idx=x, targets=nothing)] * 2:
         with pytest.raises(UserError, match='nothing to score: no row has a target other than -1'):
             score(model, batches, 2)
-    batch = dict(idx=(x + 1) % 5 if objective == 'denoise' else x, targets=torch.where(torch.arange(8) > 5, x, -1))
+    idx = (x + 1) % 5 if objective == 'denoise' else x
+    batch = dict(idx=idx, targets=torch.where(torch.arange(8) > 5, x, -1))
     found = score(model, [batch, dict(idx=x, targets=nothing)], 2)
-    assert found['tokens'] == 4 and all(math.isfinite(v) for v in found.values() if isinstance(v, float))
+    assert found['tokens'] == 4
+    assert all(math.isfinite(v) for v in found.values() if isinstance(v, float))
 
 def test_embeddings_without_size_have_no_spread():
-    model = small('df', df_objective='pred_noise')
+    model = small('df_published')
     torch.nn.init.zeros_(model.transformer.wte.weight)
-    assert model.metrics(x := torch.zeros(1, 8, dtype=torch.long), x)['embedding_spread'] == 0
+    x = torch.zeros(1, 8, dtype=torch.long)
+    assert model.metrics(x, x)['embedding_spread'] == 0
 
 # ---- devices
 
@@ -893,9 +1113,12 @@ def test_a_device_that_cannot_be_used_is_a_sentence(device):
     """ and a short one, whatever torch has to say """
     with pytest.raises(UserError) as e:
         pick_device(device)
-    text, start, end = str(e.value), f'device {device!r} cannot be used here (', '): try --device=auto or --device=cpu'
-    assert text.startswith(start) and text.endswith(end) and start + end != text
-    assert '\n' not in text and len(text) < 300 + len(repr(device))
+    text = str(e.value)
+    start, end = f'device {device!r} cannot be used here (', '): try --device=auto or --device=cpu'
+    assert text.startswith(start) and text.endswith(end)
+    assert start + end != text
+    assert '\n' not in text
+    assert len(text) < 300 + len(repr(device))
 
 @pytest.mark.parametrize('backend', ['cuda', 'mps', 'xpu'])
 def test_a_device_that_is_not_there(backend):
@@ -908,12 +1131,16 @@ def test_a_device_that_is_not_there(backend):
 
 def test_a_precision_that_a_device_has_not_is_a_sentence(monkeypatch):
     """ whether torch refuses it or warns and goes on without it """
+    def product():
+        return torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype
     device, context, dtype = pick_device('cpu', 'bfloat16')
     with context:
-        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16 and dtype == 'bfloat16'
-    assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float
+        assert product() == torch.bfloat16
+        assert dtype == 'bfloat16'
+    assert product() == torch.float
     with pick_device('cpu')[1]:
-        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float and pick_device('cpu')[2] == 'float32'
+        assert product() == torch.float
+        assert pick_device('cpu')[2] == 'float32'
     for dtype in 'float8', '', None, 16:
         with pytest.raises(UserError, match=f'dtype is {dtype!r}, expected auto or one of float32'):
             pick_device('cpu', dtype)
@@ -922,5 +1149,6 @@ def test_a_precision_that_a_device_has_not_is_a_sentence(monkeypatch):
         raise RuntimeError(f"Current {device_type} does not support {dtype}")
     for other in refuses, lambda device_type, dtype: plain(device_type, dtype, enabled=False):
         monkeypatch.setattr(torch, 'autocast', other)
-        with pytest.raises(UserError, match='dtype float16 does not work on cpu: try --dtype=auto or --dtype=float32'):
+        sentence = 'dtype float16 does not work on cpu: try --dtype=auto or --dtype=float32'
+        with pytest.raises(UserError, match=sentence):
             pick_device('cpu', 'float16')

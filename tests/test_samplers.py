@@ -21,7 +21,7 @@ import model as models
 from model import ACCEPTS, ORDERS, QUOTAS, SAMPLERS, SCHEDULES, UserError
 from model import entropy, leading, ranks, reverse_steps, spread
 from prepare import PrepareError, Tokenizer, vocabulary
-from test_diffusion import build, tiny
+from test_diffusion import against_uncached, build, tiny
 
 KINDS = [
     ('mdlm', {}),
@@ -177,7 +177,7 @@ def test_steps_of_rows_by_hand():
 @torch.no_grad()
 def test_what_there_is_to_write_decides_the_shape():
     """ (B, T + n) for no rows, no prompt and nothing to write, in every class """
-    every_model = [build('ar'), build('ar', begin_id=6), build('df'), build('df', df_objective='pred_x0')]
+    every_model = [build('ar'), build('ar', begin_id=6), build('df'), build('df_published', df_objective='pred_x0')]
     every_model += [build(kind[0], **kind[1]) for kind in KINDS]
     sizes = [(0, 0, 0), (0, 3, 0), (0, 0, 4), (0, 3, 4), (2, 0, 0), (2, 4, 0), (2, 3, 1)]
     for model, (B, T, n) in itertools.product(every_model, sizes):
@@ -283,9 +283,8 @@ def test_every_call_is_counted():
         for way, guidance in itertools.product(EVERY_WAY, (0.0, 0.5)):
             rows.clear()
             _, calls = write(model, torch.tensor([[1, 2]] * 3), 6, guidance=guidance, **way)
-            assert calls[-1][2]['nfe'] == sum(rows) // 3
-            assert set(rows) == {3 + 3 * (guidance > 0)}
-            assert len(calls) == len(rows)
+            assert calls[-1][2]['nfe'] == len(rows) == len(calls) * (1 + (guidance > 0))
+            assert set(rows) == {3}
 
 @pytest.mark.parametrize('sampler', list(SAMPLERS))
 @torch.no_grad()
@@ -750,7 +749,7 @@ READS = { # a sampler that has a use for the option
 @pytest.mark.parametrize('kind', ['ar', 'mdlm', 'bd3lm', 'denoise', 'df'])
 def test_every_option_is_checked_by_its_name(kind):
     """ one sentence that names the option, whatever was typed for it; what is on the edge works """
-    more = dict(df_timesteps=4, df_sampling_timesteps=4, diffusion_block_size=4 if kind == 'bd3lm' else None)
+    more = {'bd3lm': dict(diffusion_block_size=4), 'df': dict(df_timesteps=4)}.get(kind, {})
     model, prompt = build(kind, begin_id=6, **more), torch.tensor([[1, 2]])
     takes = set(inspect.signature(model.generate).parameters) - {'idx', 'on_step', 'block_ids'}
     assert takes <= models.OPTIONS.keys() == BAD.keys()
@@ -806,8 +805,9 @@ def any_model(rng):
         own['clean_causal'] = kind == 'bd3lm' and rng.random() < 0.3
         own['causal_within_block'] = own['attention'] == 'hierarchical' and rng.random() < 0.5
     elif kind == 'df':
-        own |= dict(df_timesteps=4, df_sampling_timesteps=4, df_objective=rng.choice(['pred_token', 'pred_x0']))
-        own['df_chunk_size'] = rng.choice([None, 1, room])
+        own |= dict(df_timesteps=4, df_sampling_timesteps=4, df_chunk_size=rng.choice([None, 1, room]))
+        if rng.random() < 0.5:
+            return kind, build('df_published', rng.randrange(99), **own, df_objective='pred_x0')
     return kind, build(kind, rng.randrange(99), **own)
 
 def any_prompt(rng, kind, model):
@@ -848,30 +848,13 @@ def any_options(rng, kind, model, prompt, n):
         options['df_scheduling_matrix'] = rng.choice([None, 'autoregressive', 'trapezoid'])
     return options
 
-def against_uncached(model, errors):
-    """ repeat every pass that uses the cache over the whole text without it; the differences are put into errors """
-    read, settled = model.read, None
-    def both(text, first, s, ids, cache, only):
-        nonlocal settled
-        x = read(text, first, s, ids, cache, only)
-        if cache is not None:
-            whole = torch.cat((settled[:, :first], text), 1) if first else text
-            pos = torch.arange(ids.size(-1))
-            settled = whole[:, :s]
-            mask = models.dense_mask(ids, pos >= s, model.config.clean_causal, question=model.question)
-            y = model.trunk(model.embed(whole, pos), pos, mask)
-            errors.append((x - y[:, first:].flatten(0, 1)[only]).abs().max().item())
-        return x
-    model.read = both
-
 @pytest.mark.parametrize('stop', [None, 3])
 @pytest.mark.parametrize('kind', ['mdlm', 'bd3lm'])
 @torch.no_grad()
-def test_the_cache_is_exact_where_segments_are_causal(kind, stop):
+def test_the_cache_is_exact_where_segments_are_causal(kind, stop, monkeypatch):
     """ causal_within_block: in the passes that read a block alone, no token sees a later one either """
     model = build(kind, attention='hierarchical', segments='2,2,4', causal_within_block=True)
-    errors = []
-    against_uncached(model, errors)
+    errors = against_uncached(monkeypatch)
     model.generate(torch.tensor([[1, 2], [3, 0]]), 6, stop=stop)
     assert len(errors) > 4
     assert max(errors) < 1e-9
@@ -887,16 +870,13 @@ def leaves_no_choice(kind, model, options):
 
 @pytest.mark.parametrize('seed', range(8))
 @torch.no_grad()
-def test_anything_works_or_is_one_sentence(seed):
+def test_anything_works_or_is_one_sentence(seed, monkeypatch):
     """ given tokens stay, what is new is text, the cache is exact, and greedy rows are as if alone """
-    rng, done, alone = random.Random(seed), 0, 0
+    rng, done, alone, errors = random.Random(seed), 0, 0, against_uncached(monkeypatch)
     for _ in range(25):
         kind, model = any_model(rng)
         prompt, n = any_prompt(rng, kind, model)
-        options, errors = any_options(rng, kind, model, prompt, n), []
-        text = F.pad(prompt, (0, n), value=-1)
-        if hasattr(model, 'read'):
-            against_uncached(model, errors)
+        options, text = any_options(rng, kind, model, prompt, n), F.pad(prompt, (0, n), value=-1)
         try:
             out = model.generate(prompt.clone(), n, on_step=lambda *step: None, **options)
         except UserError as e:
@@ -916,6 +896,23 @@ def test_anything_works_or_is_one_sentence(seed):
             assert torch.equal(model.generate(prompt[b:b + 1], n, **own)[0], out[b])
             alone += 1
     assert done > 8 and alone
+
+@torch.no_grad()
+def test_an_acceptance_rule_of_ones_own(monkeypatch):
+    """ three entries, as the README says; it reads the option that its bound names """
+    bounds = []
+    def at_least_one(hidden, rank, probs, bound):
+        bounds.append(bound)
+        return hidden & (rank < 1)
+    monkeypatch.setitem(ACCEPTS, 'mine', at_least_one)
+    monkeypatch.setitem(models.BOUNDS, 'mine', ('confidence_threshold', 0.3))
+    monkeypatch.setitem(SAMPLERS, 'mine', ('order', 'confidence_threshold'))
+    model = build('mdlm')
+    model.generate(empty(), 3, sampler='mine')
+    model.generate(empty(), 3, sampler='mine', confidence_threshold=0.7)
+    assert bounds == [0.3] * 3 + [0.7] * 3
+    with pytest.raises(UserError, match='sampler mine has no use for entropy_budget'):
+        model.generate(empty(), 3, sampler='mine', entropy_budget=0.1)
 
 # ---- sample.py
 
