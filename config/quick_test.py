@@ -1,5 +1,6 @@
 """
-Everything once, in under a minute on two CPU cores: prepares the embedded corpus, trains 50 iterations, evaluates. Any objective.
+Everything once, in under a minute on two CPU cores: prepare a corpus that comes with Python, train 50 iterations,
+evaluate. Works with any objective.
 $ python train.py config/quick_test.py --objective=ar
 """
 out_dir = 'out-quick-test'

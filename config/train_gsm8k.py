@@ -1,7 +1,8 @@
 """
-Plan, then execute: grade school math. Question 128, plan 128 and execution 256 tokens of GPT-2's byte pairs, for a GPU.
+Plan, then execute: grade school math. A question has 128 tokens of GPT-2's byte pairs, a plan 128 and an execution
+256. This size needs a GPU.
 $ python train.py config/train_gsm8k.py
-Compare with --skip=plan (question -> execution) and --objective=ar, each in an --out_dir of its own.
+Compare it with --skip=plan (question -> execution) and --objective=ar, each in an --out_dir of its own.
 Longer rows: python prepare.py gsm8k --question_len=256 --plan_len=256 --exec_len=512
 Without the BPE at hand: python prepare.py gsm8k --tokenizer=byte --question_len=256 --plan_len=256 --exec_len=512
 """

@@ -1,8 +1,10 @@
 """
-tiny shakespeare at the size for one GPU: 6 layers, width 384, context 256, 10.7M parameters. One word chooses the objective. Not measured yet: it wants a GPU.
+tiny shakespeare at a size for one GPU: 6 layers, width 384, context 256, 10.7M parameters.
+One word chooses the objective. Not measured yet: it needs a GPU.
 $ python train.py config/train_shakespeare_10m.py --objective=ar
 $ python train.py config/train_shakespeare_10m.py --objective=mdlm --t_dist=bell --out_dir=out-shakespeare-10m-mdlm
-$ python train.py config/train_shakespeare_10m.py --objective=bd3lm --diffusion_block_size=4 --t_dist=bell --clean_causal=True --ar_weight=1 --out_dir=out-shakespeare-10m-dual
+$ python train.py config/train_shakespeare_10m.py --objective=bd3lm --diffusion_block_size=4 --t_dist=bell \
+--clean_causal=True --ar_weight=1 --out_dir=out-shakespeare-10m-dual
 """
 out_dir = 'out-shakespeare-10m'
 dataset = 'shakespeare_char'

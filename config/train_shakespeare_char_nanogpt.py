@@ -1,5 +1,6 @@
 """
-nanoGPT's CPU configuration with nanoGPT's network and optimizer, on tiny shakespeare (its README promises 1.88 in 3 minutes): 1.814 by its protocol, 1.805 on the scoreboard.
+nanoGPT's CPU configuration with nanoGPT's network and optimizer, on tiny shakespeare: 1.814 by its protocol, 1.805 on
+the scoreboard. Its README promises 1.88 in 3 minutes.
 $ python train.py config/train_shakespeare_char_nanogpt.py
 """
 out_dir = 'out-shakespeare-char-nanogpt'

@@ -791,22 +791,25 @@ def test_settings_of_training_with_what_they_may_be():
     assert found['__annotations__'].keys() == {k for k, v in found.items() if v is None}
     assert {type(v) for k, v in found.items() if k[0] != '_'} == {str, int, float, bool, type(None)}
     assert list(found)[-2:] == ['compile', '__annotations__'] and not {'config', 'given', 'rank'} & found.keys()
-    settings = configure(bench.all_settings(), ['--compile=false', '--steps=3', '--sampler=8'])
+    flags = ['--compile=false', '--steps=3', '--sampler=8']
+    settings = configure(bench.all_settings(), flags)
     assert settings['compile'] is False and settings['steps'] == 3 and settings['sampler'] == '8'
-    annotations = bench.all_settings()['__annotations__']
     for text, value in [('compile=true', True), ('compile=None', None), ('compile=0', 'refused'), ('attention=3', '3'),
-                        ('df_chunk_size=2.5', 'refused'), ('df_chunk_size=2', 2)]:
+                        ('df_chunk_size=2.5,objective=df', 'refused'), ('df_chunk_size=2,objective=df', 2),
+                        ('df_chunk_size=2', 'refused'), ('df_loss_weight=uniform,objective=df_published', 'uniform'),
+                        ('df_loss_weight=uniform,objective=df', 'refused')]:
         name = text.partition('=')[0]
         if value == 'refused':
             with pytest.raises(SystemExit):
-                bench.contender(text, settings, annotations)
+                bench.contender(text, flags)
         else:
-            assert bench.contender(text, settings, annotations)[name] == value
-    nanogpt = bench.contender('nanogpt,bias=True', settings, annotations)
+            assert bench.contender(text, flags)[name] == value
+    nanogpt = bench.contender('nanogpt,bias=True', flags)
     assert nanogpt.items() >= dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True,
                                    init='gpt2', optimizer='adamw', objective='ar', bias=True, compile=False).items()
-    assert bench.contender('config/quick_test.py,objective=mdlm,steps=5', settings, annotations)['block_size'] == 64
-    assert settings['objective'] == 'ar' and settings['steps'] == 3 # of nobody else
+    mdlm = bench.contender('config/quick_test.py,objective=mdlm,steps=5', flags)
+    assert mdlm['block_size'] == 64 and mdlm['steps'] == 5
+    assert bench.contender('objective=ar', flags)['steps'] == 3 # what one contender says is of nobody else
     with pytest.raises(SystemExit):
         plot.read_settings(['--df_chunk_size=x'])
     assert plot.read_settings(['--attention=None', '--df_chunk_size=4'])[0].df_chunk_size == 4

@@ -20,7 +20,7 @@ from dataclasses import fields
 import torch
 
 import model as models
-from configurator import configure, fail, print_anything
+from configurator import configure, fail, print_anything, settings_of
 from model import UserError, check
 from tools.runs import as_command, check_output, check_sizes, sentences, write_json
 
@@ -58,27 +58,32 @@ def all_settings():
     annotations = own.get('__annotations__') or own['__annotate__'](1) # python 3.14 makes them when asked
     return own | theirs | {'__annotations__': annotations | theirs['__annotations__']}
 
-def contender(text, settings, annotations={}):
-    """ 'config/x.py,objective=mdlm' -> {setting: value}, as train.py reads `config/x.py --objective=mdlm` """
-    argv = []
+def own_settings(settings):
+    """ {objective: {name: (default, types, comment)}}: what an objective has besides these settings, for configure """
+    others = {*settings, 'vocab_size', 'text_size', 'begin_id', 'mask_id'} # the last four depend on the text
+    return {name: settings_of(kind.config_class, others) for name, kind in models.OBJECTIVES.items()}
+
+def contender(text, flags=()):
+    """ 'config/x.py,objective=mdlm' -> {setting: value}, as train.py reads `FLAGS config/x.py --objective=mdlm` """
+    argv = list(flags)
     for part in text.split(','):
         if part == 'nanogpt':
             argv += [f'--{k}={v}' for k, v in NANOGPT.items()]
         else:
             argv.append('--' + part if '=' in part else os.path.expanduser(part))
-    return configure(settings | {'__annotations__': annotations}, argv)
+    return configure(all_settings(), argv, own=('objective', own_settings))
 
 def build(s, ids):
     """ settings -> (model, autocast context, optimizers) as train.py makes them; ids: how many ids text has """
     if s['objective'] not in models.OBJECTIVES:
         fail(f"objective is {s['objective']!r}, expected one of {', '.join(models.OBJECTIVES)}")
     own = models.OBJECTIVES[s['objective']]
-    shape = {f.name: s[f.name] for f in fields(models.GPTConfig) if f.name in s}
+    shape = {f.name: s[f.name] for f in fields(own.config_class) if f.name in s}
     shape |= dict(text_size=ids, vocab_size=ids + 3, begin_id=ids if s['begin'] else None, mask_id=ids + 1,
                   attention=s['attention'] or own.usual_attention(s['segments']),
                   diffusion_block_size=s['diffusion_block_size'] or None)
     device, amp, _ = models.pick_device(s['device'], s['dtype'])
-    model = own(models.GPTConfig(**shape)).to(device)
+    model = own(own.config_class(**shape)).to(device)
     if device.type == 'cuda' if s['compile'] is None else s['compile']:
         check_compiler(device)
         model.compile()
@@ -203,13 +208,12 @@ def show(rows):
 
 def main():
     print_anything()
-    names = [a for a in sys.argv[1:] if not a.startswith('-')]
-    defaults = all_settings()
-    settings = configure(defaults, [a for a in sys.argv[1:] if a.startswith('-')])
+    names, flags = ([a for a in sys.argv[1:] if a.startswith('-') == flag] for flag in (False, True))
+    settings = configure(all_settings(), flags, own=('objective', own_settings))
     if not names:
         fail("name contenders: python -m tools.bench objective=ar objective=mdlm nanogpt")
     with sentences():
-        chosen = [contender(name, settings, defaults['__annotations__']) for name in names]
+        chosen = [contender(name, flags) for name in names]
         for s in (settings, *chosen):
             check_settings(s)
         if settings['output']:

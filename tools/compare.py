@@ -27,7 +27,7 @@ output = '' # write the table there as JSON too
 
 # {field: type} that the table reads of results.json, and of the scoreboard of each reading in it
 RUN = {'dataset': str, 'objective': str, 'parameters': int, 'train_tokens_seen': (int, float), 'weights': dict}
-BOARD = {'name': str, 'sign': str, 'nats_per_token': (int, float), 'stderr_monte_carlo': (int, float),
+BOARD = {'name': str, 'sign': str, 'nats_per_token': (int, float), 'stderr_monte_carlo': (int, float, type(None)),
          'stderr_windows': (int, float), 'perplexity': (int, float, type(None)), 'windows': int, 'tokens': int,
          'protocol': str}
 
@@ -103,7 +103,8 @@ def show(table):
         perplexity = math.nan if row['perplexity'] is None else row['perplexity']
         cells = [row['run'], f"{row['objective']}, {row['reading'].replace('_', ' ')}",
                  f"{row['parameters'] / 1e6:.2f}M", f"{row['train_tokens_seen'] / 1e6:.1f}M",
-                 f"{row['name']} {row['sign']} {row['nats_per_token']:.4f}", f"{row['stderr_monte_carlo']:.4f}",
+                 f"{row['name']} {row['sign']} {row['nats_per_token']:.4f}",
+                 '' if row['stderr_monte_carlo'] is None else f"{row['stderr_monte_carlo']:.4f}",
                  f"{row['stderr_windows']:.4f}", f"{perplexity:.4g}", f"{row['random_windows']:.4f}"]
         found = [row.get('orders', {}).get(name) for name in names]
         print('|', ' | '.join(cells + [with_error(*pair, 3) if pair else '' for pair in found]), '|')
