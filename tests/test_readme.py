@@ -72,8 +72,11 @@ def test_readme_commands_are_all_found():
 def test_every_flag_of_the_readme_is_a_setting():
     """ also those in prose and tables, which no command has """
     known = {'key', 'help', 'index-url', 'standalone', 'nproc_per_node'} # --key=value; pip and torchrun
+    known |= set(re.findall(r'^    (\w+): \w+ = ', README, re.M)) # an example's own
     scripts = [ast.parse(read(path)) for path in found('*.py', 'tools/*.py', 'data/*/prepare.py')]
-    for node in [node for script in scripts for node in script.body]:
+    classes = [node for node in ast.parse(read('model.py')).body if isinstance(node, ast.ClassDef)]
+    configs = [node for node in classes if node.name.endswith('Config')]
+    for node in [node for script in scripts + configs for node in script.body]:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             known.add(getattr(node.target if isinstance(node, ast.AnnAssign) else node.targets[0], 'id', None))
         elif isinstance(node, ast.FunctionDef) and node.name == 'corpus':
@@ -194,6 +197,7 @@ def test_readme_commands_bench(clone, command):
 @pytest.mark.parametrize('command', KINDS['tools.plot'])
 def test_readme_commands_plot(clone, command):
     pytest.importorskip('matplotlib')
+    with_runs(clone, command)
     assert (clone / follow(clone, command).strip()).stat().st_size > 1000
 
 def test_readme_as_a_library(clone):
