@@ -912,6 +912,7 @@ def test_the_picture_of_a_mask(monkeypatch, args, edges, labels):
     monkeypatch.setattr(plot, 'objective', own['objective'])
     axes = MagicMock()
     plot.plot_mask(config, axes)
+    assert axes.imshow.call_args.kwargs['vmin'] == 0 # where all cells are dark they are not the lightest
     shown, T = axes.imshow.call_args.args[0], config.block_size
     two = own['objective'] == 'bd3lm'
     cut = config.diffusion_block_size if two or config.attention == 'block' else None

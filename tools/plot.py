@@ -75,7 +75,7 @@ def plot_mask(config, axes):
     noisy = torch.arange(streams * T) < T * (streams - 1)
     question = 0 if config.causal_within_block else None
     mask = dense_mask(ids.repeat(streams), noisy, config.clean_causal, question=question)
-    axes.imshow(mask.numpy(), cmap='Purples', interpolation='nearest', vmax=1.5)
+    axes.imshow(mask.numpy(), cmap='Purples', interpolation='nearest', vmin=0, vmax=1.5)
     lengths = config.lengths or [T]
     names = [part.partition(':')[0] if ':' in part else '' for part in (config.segments or '').split(',')]
     names = [name or f'segment {i}' if config.lengths else 'text' for i, name in enumerate(names)]
