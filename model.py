@@ -266,6 +266,7 @@ class GPT(nn.Module):
     attentions = ('causal',)
     loss_name = 'nll'
     bound_name = 'nll'
+    usual_block_size = 16 # diffusion_block_size where a run names none
 
     def __init__(self, config):
         super().__init__()
@@ -333,13 +334,14 @@ class GPT(nn.Module):
 
     def trunk(self, x, pos, mask, cache=None, first=None, only=None):
         """
-        x (B, N, C) at positions pos (N,) -> (B, N, C), normalised. mask: see attend.
-        cache: x continues what it keeps, and pos must too. first, only: what of the last layer is wanted, see Block.
+        x (B, N, C) at positions pos (N,) or (B, N) -> (B, N, C), normalised. mask: see attend.
+        cache: x continues what it keeps, and pos (N,) must too; pos (B, N) may be any.
+        first, only: what of the last layer is wanted, see Block.
         """
         if cache is None:
             rope, layers = self.rotations(pos, x.dtype), self.transformer.h
         else:
-            rope, layers = cache.open(x.size(1)), cache.layers
+            rope, layers = cache.open(pos), cache.layers
         if self.config.grad_checkpointing and self.training:
             checkpoint = torch.utils.checkpoint.checkpoint
             layers = [functools.partial(checkpoint, layer, use_reentrant=False) for layer in layers]
@@ -654,6 +656,10 @@ class Denoiser(GPT):
         cut = c.diffusion_block_size if c.attention == 'block' or self.two_streams else None
         self.register_buffer('ids', block_ids(c.attention, c.block_size, cut, c.lengths), persistent=False)
         self.id_list = self.ids.tolist() # for decisions that must not wait for a device
+        lengths = c.lengths if c.attention == 'hierarchical' else []
+        edges = torch.tensor(list(itertools.accumulate(lengths[:-1]))) # where the later segments begin
+        segment = (torch.arange(c.block_size)[:, None] >= edges).sum(1) if len(edges) else torch.zeros_like(self.ids)
+        self.register_buffer('segment', segment, persistent=False) # the number of every position's segment
         self._masks = {} # built once per length and device
         self.met_corruption = False # see check_corrupted
 
@@ -699,7 +705,7 @@ class Denoiser(GPT):
         """
         T, pos = xt.size(1), torch.arange(xt.size(1), device=xt.device)
         check_length(T, self.config.block_size)
-        if block_ids is not None and only is not None and self.config.attention == 'hierarchical':
+        if self.must_be_ours(block_ids, only):
             self.check_blocks(block_ids, *xt.shape, own=True)
         elif block_ids is not None: # any others are a mask like any other
             check_shape(block_ids, *xt.shape)
@@ -724,7 +730,7 @@ class Denoiser(GPT):
         T, lead = xt.size(1), self.lead
         check_length(T, self.config.block_size)
         # whose blocks: the config's (None), the config's with pads (rows of a hierarchy), or anybody's
-        with_pads = block_ids is not None and only is not None and self.config.attention == 'hierarchical'
+        with_pads = self.must_be_ours(block_ids, only)
         foreign = block_ids is not None and not with_pads
         if block_ids is not None:
             self.check_blocks(block_ids, *xt.shape, own=with_pads)
@@ -790,6 +796,10 @@ class Denoiser(GPT):
             with torch.inference_mode(False): # training may use a mask that generate needed first
                 self._masks[key] = make()
         return self._masks[key]
+
+    def must_be_ours(self, block_ids, only):
+        """ must these block ids be the config's, but for pads? So it is where rows of a hierarchy are scored """
+        return block_ids is not None and only is not None and self.config.attention == 'hierarchical'
 
     def check_blocks(self, block_ids, B, T, own=False):
         """
@@ -902,7 +912,10 @@ class Denoiser(GPT):
         rule = Rule(sampler, order, bound if given is None else given, steps, schedule, remask, guidance,
                     temperature, top_k, top_p)
         out = lengthened(idx, max_new_tokens)
-        return write(self, out, rule, stop, on_step, self.pads(out, block_ids, stop))
+        return self.write(out, rule, stop, on_step, self.pads(out, block_ids, stop))
+
+    def write(self, out, rule, stop, on_step, pads):
+        return write(self, out, rule, stop, on_step, pads)
 
     def windows(self, unknown):
         """
@@ -987,6 +1000,7 @@ class MDLM(Denoiser):
     generate = Denoiser.generate # [MASK] is what hides tokens in training too
     # on tiny shakespeare, an ar model gives samples in this order 2.58 nats/char, in the others 2.62 to 2.89
     favourite_order = 'margin'
+    scores_orders = True # has it a likelihood for every deterministic order, nll_order?
 
     @property
     def loss_name(self):
@@ -1307,6 +1321,157 @@ class BD3LM(MDLM):
             return one
         return 2 * one - (0 if dual else head + (one - head) / self.config.n_layer)
 
+@dataclass
+class AOConfig(GPTConfig):
+    """ the setting of any order """
+    left_to_right: float = free(0.1) # share of the training rows in the order left to right; others have random orders
+
+class AOGPT(BD3LM):
+    """
+    aogpt: any-order GPT, as sigma-GPT (https://arxiv.org/abs/2404.09562) and AO-GPT (https://arxiv.org/abs/2506.19935)
+    have it: every row of training has a random order of its own, and each token is predicted given its position and the
+    tokens before it in that order, wherever they stand. The block ids of bd3lm are permuted, and nothing else: a noisy
+    token is [MASK] at its position, XLNet's query (https://arxiv.org/abs/1906.08237).
+    With diffusion_block_size=k the groups that are written together have k tokens, and masked diffusion inside.
+    """
+    config_class = AOConfig
+    usual_block_size = 1
+    favourite_order = 'random'
+    bound_name = 'nelbo' # its mean over random orders
+    generate = BD3LM.generate # what is hidden reads as [MASK], and generate asks about it in the same way
+    fixed_order = False # see in_order
+    rests_on = {claim: (*grounds, 'permuted', *('parts', 'windows', 'write') * (claim == 'generate'))
+                for claim, grounds in BD3LM.rests_on.items()}
+
+    def check_fields(self):
+        super().check_fields()
+        c = self.config
+        check(0 <= c.left_to_right <= 1, f"left_to_right is {c.left_to_right}, expected a share of the rows, 0 to 1")
+        check(c.diffusion_block_size is not None, "aogpt needs diffusion_block_size, the tokens per group: 1, or more")
+        check(not c.clean_causal and c.ar_weight == 0 and not c.causal_within_block,
+              "clean_causal, ar_weight and causal_within_block are about text from left to right: leave them out")
+
+    @property
+    def loss_name(self):
+        """ rows from left to right are not what the bound is about """
+        return 'nelbo' if MDLM.loss_name.fget(self) == 'nelbo' and self.config.left_to_right == 0 else 'ce'
+
+    @property
+    def scores_orders(self):
+        return self.config.diffusion_block_size == 1 and not self.fixed_order
+
+    def must_be_ours(self, block_ids, only):
+        return False # they are permuted
+
+    def check_blocks(self, block_ids, B, T, own=False):
+        check_shape(block_ids, B, T)
+
+    def permuted(self, idx, block_ids=None, left_to_right=0.0):
+        """
+        Block ids (B, T) in which the tokens of every segment have random places, and those of about this share of the
+        rows their own. Pads, which have the largest ids, stay where they are, and so does the question. block_ids: the
+        config's, but for pads.
+        """
+        B, T = idx.shape
+        if block_ids is not None:
+            super().check_blocks(block_ids, B, T, own=True)
+        ids = (self.ids[:T] if block_ids is None else block_ids).expand(B, T)
+        if self.fixed_order:
+            return ids
+        place = torch.rand(B, T, device=idx.device)
+        if left_to_right > 0:
+            n = B * left_to_right + torch.rand(1, device=idx.device) # rounded up or down, so that the mean is right
+            stays = torch.arange(1, B + 1, device=idx.device) <= n
+            place = torch.where(stays[:, None], torch.arange(T, device=idx.device) / T, place)
+        group = 2 * self.segment[:T] + (ids > self.id_list[T - 1]) # in each segment text, then pads
+        ids = ids.gather(1, group.argsort(dim=1, stable=True))
+        return torch.empty_like(ids).scatter(1, (group + place).argsort(1), ids)
+
+    def enough_rows(self, B, T, block_ids=None):
+        return super().enough_rows(B, T, block_ids if self.config.attention == 'hierarchical' else None)
+
+    def forward(self, idx, targets=None, block_ids=None):
+        if targets is None: # given the tokens to the left
+            return self.logits(self.two_stream(idx, idx, block_ids)), None
+        return super().forward(idx, targets, self.permuted(idx, block_ids, self.config.left_to_right))
+
+    @torch.no_grad()
+    def nll_bound(self, idx, targets, n_samples=1, block_ids=None):
+        """
+        An upper bound on -log p of the scored tokens in nats: (B, n_samples) estimates, each of a random order, and how
+        many tokens, (B,). Exact given the order if groups have one token: see in_order.
+        """
+        if self.fixed_order:
+            return super().nll_bound(idx, targets, n_samples, self.permuted(idx, block_ids))
+        nats = []
+        for _ in range(n_samples):
+            n, scored = super().nll_bound(idx, targets, 1, self.permuted(idx, block_ids))
+            nats.append(n)
+        return torch.cat(nats, dim=1), scored
+
+    def in_order(self):
+        """ the same weights as the model of text from left to right: with the config's ids everywhere, as they are """
+        other = copy.copy(self)
+        other.fixed_order, other.favourite_order = True, 'left_to_right'
+        if self.config.diffusion_block_size == 1:
+            other.bound_name = 'nll'
+        return other
+
+    @torch.no_grad()
+    def nll_order(self, idx, targets, order='confidence', block_ids=None):
+        """
+        Exact -log p of the text in nats (B,), and its scored tokens (B,), in this order: see MDLM.nll_order. A token
+        also depends on the order of those before it, so they are read as generate would have written them.
+        """
+        check(order in ORDERS, f"order is {order!r}, expected one of {', '.join(ORDERS)}")
+        check(self.config.diffusion_block_size == 1, "nll_order of aogpt needs groups of one token")
+        scored = self.scored(targets, self.groups(idx, block_ids)[0])
+        out, nats = idx.masked_fill(scored, -1), torch.zeros(len(idx), device=idx.device)
+        pads = None if block_ids is None else (block_ids > self.id_list[-1]).expand_as(idx)
+        window = OrderWindow(self, out, scored, pads, 0, idx.size(1))
+        for s, e in self.parts(idx.size(1)):
+            window.ask(torch.arange(s, e, device=idx.device).expand(len(idx), -1), e)
+            while (hidden := out[:, s:e] == -1).any():
+                b, i = hidden.nonzero(as_tuple=True)
+                log_p = self.logits(window.states(0, e - s, b, i)).log_softmax(-1)
+                reveal = leading(spread(ORDERS[order](log_p.exp()), hidden), hidden, hidden.any(1).long())
+                own = log_p.gather(1, targets[b, s + i][:, None])[:, 0]
+                nats = nats + spread(own, hidden).masked_fill(~reveal, 0).sum(1)
+                out[:, s:e] = torch.where(reveal, targets[:, s:e], out[:, s:e])
+        return -nats, scored.sum(1)
+
+    def parts(self, T):
+        """ [(start, end), ...], each finished before the next is begun: the text, or the segments of a hierarchy """
+        lengths = self.config.lengths if self.config.attention == 'hierarchical' else []
+        edges = [0, *(e for e in itertools.accumulate(lengths) if e < T), T]
+        return list(zip(edges, edges[1:]))
+
+    def windows(self, unknown):
+        """ as in Denoiser, but what is written there in any order is a part, not a block """
+        windows, filled = [], 0
+        for start, end, _ in super().windows(unknown):
+            parts = [(s, e) for s, e in self.parts(end - start) if any(unknown[max(filled, start + s):start + e])]
+            windows.append((start, end, parts))
+            filled = end
+        return windows
+
+    def write(self, out, rule, stop, on_step, pads):
+        check(not rule.remask, "aogpt cannot hide again what it has written, because it keeps that in a cache: "
+                               "leave remask out, or take mdlm or bd3lm")
+        return write_any_order(self, out, rule, stop, on_step, pads)
+
+    def views(self):
+        return {} if self.fixed_order else {'left_to_right': self.in_order()}
+
+    @torch.no_grad()
+    def metrics(self, idx, targets, block_ids=None):
+        """ {'accuracy': of the likeliest guesses for scored tokens, in random orders}; {} where none is scored """
+        ids = self.permuted(idx, block_ids)
+        groups, _ = self.groups(idx, ids)
+        scored = self.scored(targets, groups)
+        x = self.two_stream(idx.masked_fill(scored, self.config.mask_id), idx, ids)
+        return mean_over('accuracy', self.logits(x).argmax(-1) == targets, scored)
+
 # -----------------------------------------------------------------------------
 # how masked and block diffusion write: options, then draws, orders, how many tokens a call reveals, and the loop
 
@@ -1464,7 +1629,7 @@ def fixed(hidden, total, t, s):
     """ all but a share s of the block: if linear, equal numbers per step (https://arxiv.org/abs/2502.09992) """
     share = torch.as_tensor(1 - s, dtype=torch.float32, device=hidden.device)
     due = (total * share + 1e-4).long() # 1e-4: 5 * (1 - 0.8) is 0.99...
-    return due - (total - hidden.sum(1)) # less what is written
+    return (due - (total - hidden.sum(1))).clamp(min=0) # less what is written
 
 # An acceptance says which hidden tokens a call reveals, (B, n) bool, where only its distributions can tell. rank
 # (B, n): the tokens' rank in `order`; probs (R, V): the distributions of the R hidden tokens; bound: see BOUNDS
@@ -1564,12 +1729,15 @@ class Cache:
         self.rope = model.rotations(torch.arange(size, device=like.device), like.dtype)
         self.layers = [bare(layer) for layer in model.transformer.h]
 
-    def open(self, n):
-        """ make room for the next n positions in all layers; returns their rotations, None without rope """
+    def open(self, pos):
+        """ take the next places in all layers, for positions pos (n,) or (B, n); returns their rotations, as GPT's """
+        n = pos.size(-1)
         assert self.length + n <= self.size, f"{self.length + n} positions do not fit a cache of {self.size}"
         self.new = self.kv.narrow(3, self.length, n).unbind()
         self.seen = self.kv.narrow(3, 0, self.length + n).unbind()
-        return self.rope if self.rope is None else self.rope.narrow(1, self.length, n)
+        if self.rope is None:
+            return None
+        return self.rope.narrow(1, self.length, n) if pos.dim() == 1 else self.rope[:, pos]
 
     def append(self, layer, k, v):
         """ k, v (B, H, n, D) of a layer -> all its keys and values so far, (B, H, length + n, D) each """
@@ -1580,6 +1748,14 @@ class Cache:
 
     def keep(self, n):
         self.length += n
+
+    def reserve(self, n):
+        """ make room for n more places, if there is too little """
+        if self.length + n > self.size:
+            size = 2 * (self.length + n)
+            kv = self.kv.new_empty(*self.kv.shape[:3], size, self.kv.size(4))
+            kv[:, :, :, :self.length] = self.kv[:, :, :, :self.length]
+            self.kv, self.size = kv, size
 
 def bare(module):
     """
@@ -1673,7 +1849,7 @@ def write_block(block, begin, windows, rule, steps):
     for t, s in steps:
         hidden = block == -1
         quota = rule.quota(hidden, asked.sum(1), t, s)
-        if not quota.any():
+        if not (quota > 0).any():
             continue
         candidates = hidden if rule.needs_probs else leading(rule.key(hidden), hidden, quota)
         b, i = candidates.nonzero(as_tuple=True) # (R,), rows and positions within the block
@@ -1710,6 +1886,189 @@ def write(model, out, rule, stop=None, on_step=None, pads=None):
             if stop is not None and end_segments(out, unknown, pads, stop, start + e, model.config.lengths):
                 return out
     return out
+
+class OrderWindow(Window):
+    """
+    A window of a model that reads tokens in any order (AOGPT). The cache keeps the tokens that are written, in the
+    order in which they came. A call reads those that are new, and asks about hidden positions, whose rows are not kept:
+    each sees all that is kept and itself, or the group that is written together. Rows with fewer new tokens than others
+    leave places of the cache unused.
+    """
+    UNSEEN = 2 ** 31 # the block id of a place in the cache that nobody sees
+
+    def __init__(self, model, out, unknown, pads, start, end, hide_prompt=False):
+        super().__init__(model, out, unknown, pads, start, end, hide_prompt)
+        B, T = self.out.shape
+        self.read_as = torch.full((B, T), self.UNSEEN, device=out.device) # the block id of every token that was read
+        self.kept = torch.zeros(B, T, dtype=torch.bool, device=out.device)
+        self.place_ids = self.read_as[:, :0] # the block ids of the places of the cache
+        self.last = 0 # the largest id so far
+
+    def forget(self, rows):
+        """ rows (B,) bool: read these once more, in the same order: what they kept has seen what is a pad now """
+        self.kept &= ~rows[:, None]
+        lead = min(self.model.lead, self.place_ids.size(1))
+        self.place_ids[:, lead:] = self.place_ids[:, lead:].masked_fill(rows[:, None], self.UNSEEN)
+
+    def ask(self, at, until, real=None):
+        """
+        What is written next: columns at (B, n), of which some rows need only the `real` (B, n) ones. Text from column
+        `until` on is of later segments, which nobody may see yet.
+        """
+        self.at, self.until, self.real = at, until, torch.ones_like(at, dtype=torch.bool) if real is None else real
+
+    def unread(self):
+        """ columns (B, m) of the tokens that are written and not kept yet, in order, and their block ids """
+        k, T, segment = self.model.config.diffusion_block_size, self.out.size(1), self.model.segment
+        fresh = (self.out != -1) & ~self.kept
+        fresh[:, self.until:] = False
+        if self.hide_prompt:
+            fresh &= self.unknown
+        if self.pads is not None:
+            fresh &= ~self.pads
+        if k != 1: # the group that is being written is not kept yet
+            fresh &= ~torch.zeros_like(fresh).scatter_reduce(1, self.at, self.real, 'amax')
+        # a token that was read before keeps its id; new ones get the next, in groups of k within their segment
+        new = fresh & (self.read_as == self.UNSEEN)
+        place = new.long().cumsum(1) - 1
+        begins = torch.stack([new[:, a:z].any(1) * new[:, :a].sum(1) for a, z in self.model.parts(T)], dim=1)
+        ids = self.last + 1 + segment[:T] * T + (place - begins[:, segment[:T]]) // k
+        if segment[-1] > 0: # a question that is given is one block
+            given = (segment[:T] == 0) & ~self.kept.any(1, keepdim=True)
+            ids = torch.where(given, self.last + 1, ids)
+        self.read_as = torch.where(new, ids, self.read_as)
+        self.last = max(self.last, int(torch.where(new, ids, 0).max())) if new.any() else self.last
+        self.kept |= fresh
+        m = int(fresh.sum(1).max()) if len(fresh) else 0
+        ids, columns = torch.where(fresh, self.read_as, self.UNSEEN).sort(dim=1, stable=True)
+        return columns[:, :m], ids[:, :m]
+
+    def states(self, begin, end, b, i):
+        model, lead, k = self.model, self.model.lead, self.model.config.diffusion_block_size
+        text = self.out.masked_fill(self.out == -1, model.config.mask_id)
+        first = self.cache.length == 0
+        columns, ids = self.unread()
+        if k == 1: # ask about these positions only, each by itself
+            n = torch.bincount(b, minlength=len(text))
+            j = torch.arange(len(b), device=b.device) - (n.cumsum(0) - n)[b]
+            asked = self.at.new_zeros(len(text), int(n.max())).index_put((b, j), self.at[b, i])
+            together = torch.eye(asked.size(1), dtype=torch.bool, device=b.device).expand(len(text), -1, -1)
+        else: # the rows of a group see each other
+            asked, j = self.at, i
+            together = self.real[:, None] | torch.eye(asked.size(1), dtype=torch.bool, device=b.device)
+        columns = torch.cat((columns, asked), dim=1)
+        tokens, pos = text.gather(1, columns), columns + lead
+        if first and lead:
+            tokens, pos = (F.pad(x, (1, 0), value=v) for x, v in ((tokens, model.config.begin_id), (pos, 0)))
+            ids = F.pad(ids, (1, 0))
+        m, r = ids.size(1), asked.size(1)
+        self.place_ids = torch.cat((self.place_ids, ids), dim=1)
+        clean = self.place_ids[:, None] <= ids[:, :, None] # (B, m, places)
+        query = (self.place_ids < self.UNSEEN)[:, None].expand(-1, r, -1)
+        mask = torch.cat((F.pad(clean, (0, r)), torch.cat((query, together), dim=2)), dim=1)[:, None]
+        self.cache.reserve(m + r)
+        only = b * (m + r) + m + j
+        x = model.trunk(model.embed(tokens, pos), pos, mask, self.cache, only=only)
+        self.cache.keep(m)
+        return x
+
+def groups_to_write(text, s, e, k, rule):
+    """
+    The groups of k > 1 that are written one after another in columns s to e of text (B, T): columns at (B, n), and
+    which of them a row needs, real (B, n). A group has k hidden tokens of each row: random ones, or the first.
+    """
+    while (hidden := text[:, s:e] == -1).any():
+        key = rule.key(hidden) if rule.order == 'random' else torch.zeros(hidden.shape, device=hidden.device)
+        chosen = leading(key, hidden, torch.full((len(text),), k, device=text.device))
+        n = min(k, e - s)
+        at = s + (~chosen).int().argsort(dim=1, stable=True)[:, :n]
+        yield at, torch.arange(n, device=at.device) < chosen.sum(1, keepdim=True)
+
+def steps_of_groups(unknown, windows, k, rule):
+    """
+    A function, tokens (B,) of a group -> its steps, (t, s) of each: a row's steps are split evenly over all of its
+    groups in all parts of all windows. unknown (B, N); windows: see Denoiser.plan.
+    """
+    if 'steps' not in SAMPLERS[rule.sampler]:
+        return lambda tokens: [(1.0, 0.0)] * int(tokens.max())
+    spans, filled = [], 0
+    for start, end, parts in windows:
+        spans += [unknown[:, max(filled, start + s):start + e].sum(1) for s, e, _ in parts]
+        filled = end
+    groups = sum(-(-hidden // k) for hidden in spans).cpu()
+    most, done = int(groups.max()), torch.zeros_like(groups)
+    check(rule.steps is None or rule.steps >= most,
+          f"{rule.steps} steps are fewer than the {most} groups of {k} tokens to fill: each needs at least one")
+    def share(tokens):
+        nonlocal done
+        tokens = tokens.cpu()
+        if rule.steps is None: # one per token
+            return row_steps(tokens, rule.schedule)
+        total = groups.clamp(min=1)
+        own = (rule.steps * (done + 1) // total - rule.steps * done // total) * (tokens > 0)
+        done = done + (tokens > 0)
+        return row_steps(own, rule.schedule)
+    return share
+
+@torch.inference_mode()
+def write_any_order(model, out, rule, stop=None, on_step=None, pads=None):
+    """ as write, for AOGPT: every part of a window in any order """
+    unknown, step, k = out == -1, 0, model.config.diffusion_block_size
+    check(not rule.guidance or (~unknown).any(1).all(),
+          "guidance compares with a text whose prompt is hidden, and there is a row without a prompt")
+    plan = model.plan(unknown, rule.steps if k == 1 else None, rule.sampler)
+    share = steps_of_groups(unknown, plan, k, rule) if plan and k > 1 else None
+    for start, end, parts in plan:
+        hide_prompt = [False, True] if rule.guidance else [False]
+        windows = [OrderWindow(model, out, unknown, pads, start, end, hide) for hide in hide_prompt]
+        ends = None if stop is None else (out, unknown, pads, stop)
+        for probs in write_window(out[:, start:end], parts, windows, rule, share, ends):
+            step += 1
+            if on_step is not None:
+                on_step(step, out, probs, {'nfe': step * len(windows), 'done': settled(out), 'total': out.size(1)})
+    return out
+
+def write_window(text, parts, windows, rule, share, ends):
+    """
+    Write parts of text (B, T), a view, in place; yields each call's probs. share: see steps_of_groups, None for groups
+    of one token: then a part is one block, of which every call reveals what the rule says. ends: for end_any_order.
+    """
+    model = windows[0].model
+    for s, e, counts in parts:
+        if share is None:
+            at = torch.arange(s, e, device=text.device).expand(len(text), -1)
+            steps = [(1.0, 0.0)] * (e - s) if counts is None else row_steps(counts, rule.schedule)
+            groups = [(at, torch.ones_like(at, dtype=torch.bool))]
+        else:
+            groups = groups_to_write(text, s, e, model.config.diffusion_block_size, rule)
+        for at, real in groups:
+            yield from write_group(text, at, real, e, windows, rule, share(real.sum(1)) if share else steps, ends)
+
+def write_group(text, at, real, until, windows, rule, steps, ends):
+    """ write the `real` ones of columns at (B, n) of text (B, T), a view, in place; yields each call's probs """
+    for window in windows:
+        window.ask(at, until, real)
+    block = text.gather(1, at).masked_fill(~real, 0)
+    for probs, _ in write_block(block, 0, windows, rule, steps):
+        text.scatter_(1, at, torch.where(real, block, text.gather(1, at)))
+        if ends:
+            end_any_order(windows, *ends)
+            block.copy_(text.gather(1, at).masked_fill(~real, 0))
+        yield probs
+
+def end_any_order(windows, out, unknown, pads, stop):
+    """ after a call: fill up, in place, what has stopped """
+    model, before = windows[0].model, None if pads is None else pads.clone()
+    for a, z in model.parts(out.size(1)):
+        ended = end_rows(out[:, a:z], unknown[:, a:z], stop) & unknown[:, a:z]
+        if pads is not None: # what is left of the block stays visible, as in training
+            block = model.ids[a:z]
+            last = torch.where(ended, block, OrderWindow.UNSEEN).amin(1, keepdim=True)
+            pads[:, a:z] |= (block > last) & unknown[:, a:z]
+    if pads is not None:
+        rows = (pads != before).any(1)
+        for window in windows if rows.any() else []:
+            window.forget(rows)
 
 def settled(out):
     """ how many leading columns of out (B, N) are written (not -1) in every row """
@@ -2323,7 +2682,9 @@ class DFGPT(GPT):
             matrix = F.pad(self._generate_scheduling_matrix(h).to(xs.device), (first - start, 0)) # (rows, window)
             levels = [row.masked_fill(settled, 0) for row in matrix] # rows x (B, window)
             for curr, next in zip(levels, levels[1:]):
-                x = self._sample_step_seq(x, curr, next, net, noise, guidance_fn)
+                a, z = net.active(start, x, curr, next) if isinstance(net, DFReader) else (0, end - start)
+                x = x.clone()
+                x[:, a:z] = self._sample_step_seq(x[:, a:z], curr[:, a:z], next[:, a:z], net, noise, guidance_fn)
                 xs[:, start:end] = torch.where(settled[..., None], xs[:, start:end], x - wpe)
                 yield slice(start, end), (curr > 0) & (next == 0)
 
@@ -2383,6 +2744,10 @@ class DFReader:
     def __init__(self, model, guidance, shape):
         self.model, self.guidance, self.shape, self.nfe = model, guidance, shape, 0
 
+    def active(self, start, x, curr, next):
+        """ columns (first, end) of the window x (B, T, C) that a step is about; start: where it begins in the text """
+        return 0, x.size(1)
+
     def __call__(self, x, k):
         self.nfe += 1
         return self.model.df_network(x, k)
@@ -2435,18 +2800,25 @@ class DFText(DFGPT):
         """ log q(x | token) at real levels k (B, T), up to what all tokens share: (B, T, V) """
         return self.logits(x / self.df_at('sqrt_alphas_cumprod', k), self.df_at('snr', k))
 
-    def df_context(self, x, k):
+    def df_context(self, x, k, cache=None, end=None):
         """
         log p(token | the noisy ones before it), (B, T, V), for x (B, T, C) at real levels k (B, T). A GPT that reads,
         in place of each token, the mean of wte under its likelihood: a clean token as ar reads it, pure noise as the
         mean of all. With full attention it sees all tokens.
+        cache, end: only the positions from cache.length to end, (B, n, V), given the kept ones before them.
         """
-        T, wte = x.size(1), self.transformer.wte.weight
-        h, pos = self.likelihood(x, k).softmax(-1) @ wte, torch.arange(T, device=x.device)
-        if self.config.attention == 'causal': # row i reads token i - 1
+        wte, first, end = self.transformer.wte.weight, cache.length if cache else 0, x.size(1) if end is None else end
+        causal, pos = self.config.attention == 'causal', torch.arange(first, end, device=x.device)
+        if causal: # position i reads token i - 1
+            x, k = (tensor[:, max(0, first - 1):end - 1] for tensor in (x, k))
+        h = self.likelihood(x, k).softmax(-1) @ wte
+        if causal and first == 0:
             begin = wte[self.config.begin_id] if self.config.begin_id is not None else wte.new_zeros(wte.size(1))
-            h = torch.cat((begin.expand(len(h), 1, -1), h[:, :-1]), dim=1)
-        h = self.df_head(self.trunk(self.add_positions(h, pos), pos, self.config.attention))
+            h = torch.cat((begin.expand(len(h), 1, -1), h), dim=1)
+        mask = self.config.attention
+        if first > 0: # each new position sees the kept ones and, of the new ones, those up to itself
+            mask = torch.arange(end, device=x.device) <= pos[:, None]
+        h = self.df_head(self.trunk(self.add_positions(h, pos), pos, mask, cache))
         return F.linear(h, self.embeddings(), self.unseen)
 
     def df_network(self, x, k, past=None):
@@ -2505,14 +2877,44 @@ class DFText(DFGPT):
         return DFTextReader(self, guidance, shape)
 
 class DFTextReader(DFReader):
-    """ also draws the token of every position at every call, and remembers the last draw """
+    """
+    Also draws the token of every position at every call, and remembers the last draw. With causal attention the keys
+    and values of finished text never change, so a cache keeps them, and a step is about the columns from the first
+    unfinished token to the last one that moves.
+    """
+    cache, start, before = None, None, None
+
+    def active(self, start, x, curr, next):
+        if self.model.config.attention != 'causal' or self.model.sampler == 'ddpm': # DDPM reads with new noise
+            self.before = x[:, :0]
+            return super().active(start, x, curr, next)
+        if start != self.start: # positions count from the beginning of the window
+            self.cache, self.start = Cache(self.model, len(x), self.model.config.block_size), start
+        first = int((curr == 0).all(0).long().cumprod(0).sum()) # leading finished columns
+        first = min(first, x.size(1) - 1) # a step is about one column at least, even where no row needs it
+        moving = (curr != next).any(0).nonzero().flatten().tolist()
+        self.before = x[:, :first]
+        return first, max([first, *moving]) + 1
+
+    def context(self, before, x, level, k, cache=None):
+        """ df_context (B, n, V) of columns x (B, n, C) at real levels k (B, n), given the text before, at one level """
+        a, z = before.size(1), before.size(1) + x.size(1)
+        levels = torch.cat((torch.full_like(before[..., 0], level, dtype=torch.long), k), dim=1)
+        found = self.model.df_context(torch.cat((before, x), dim=1), levels, cache, z)
+        if cache is not None:
+            cache.keep(a - cache.length)
+        return found[:, -x.size(1):]
+
     def __call__(self, x, k):
         model, c = self.model, self.model.config
         self.nfe += 1 + (self.guidance > 0)
-        expected, finished = model.df_context(x, k), model.finished
-        if self.guidance:
+        level = c.df_stabilization_level - 1
+        before = self.before * model.df_sqrt_alphas_cumprod[level] # as a step reads finished text
+        expected = self.context(before, x, level, k, self.cache)
+        if self.guidance: # with new noise in place of what is finished, so nothing of it is kept
+            finished, last = model.finished, c.df_timesteps - 1
             forgotten = torch.where(finished[..., None], model.df_noise(x.shape), x)
-            u = model.df_context(forgotten, k.masked_fill(finished, c.df_timesteps - 1))
+            u = self.context(model.df_noise(before.shape), forgotten, last, k.masked_fill(finished, last))
             change = (expected - u).float().nan_to_num() # -inf less itself
             expected = expected + self.guidance * change # not in float16, which this may overflow
         log_p = self.shape(expected).log() + model.likelihood(x, k)
@@ -2523,6 +2925,8 @@ class DFTextReader(DFReader):
         return torch.where(certain[..., None], F.one_hot(self.token, log_p.size(-1)).log(), log_p)
 
     def tokens(self, xs, finished):
+        first = self.before.size(1)
+        finished = finished[:, first:first + self.token.size(1)]
         return self.probs[finished], self.token[finished]
 
 def as_ar(model, head=None):
@@ -2536,7 +2940,8 @@ def as_ar(model, head=None):
         gpt.lm_head.weight = nn.Parameter(head)
     return gpt.train(model.training)
 
-OBJECTIVES = {'ar': GPT, 'denoise': Denoiser, 'mdlm': MDLM, 'bd3lm': BD3LM, 'df_published': DFGPT, 'df': DFText}
+OBJECTIVES = {'ar': GPT, 'denoise': Denoiser, 'mdlm': MDLM, 'bd3lm': BD3LM, 'aogpt': AOGPT, 'df_published': DFGPT,
+              'df': DFText}
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -2758,7 +3163,7 @@ def load_checkpoint(path, device='cpu', weights='ema', objectives={}, view=None)
     weights: 'ema' takes the averaged weights where the run kept them, 'raw' those of the last step.
     objectives: {name: class}, more than there are here, as a dataset's provider.py has them.
     view: what else the weights can be read as, a name that its views() has: 'ar' for a bd3lm run with clean_causal, an
-      mdlm run with ar_weight, or df.
+      mdlm run with ar_weight, or df; 'left_to_right' for aogpt.
     """
     check(weights in ('ema', 'raw'), f"weights is {weights!r}, expected ema or raw")
     ckpt, where = (path, 'the checkpoint') if isinstance(path, dict) else (read_checkpoint(path), path)

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import fcntl
 import functools
+import inspect
 import json
 import math
 import os
@@ -67,7 +68,8 @@ tie_weights = False # one matrix for embedding and head
 init = 'zero' # zero | gpt2: how output projections start
 # None: hierarchical if the data has segments and the objective can use them, else the objective's default
 attention: str | None = None # causal | full | block | hierarchical; None: the objective's own
-diffusion_block_size = 16 # tokens per block, not of the context; 0: segments of a hierarchy stay whole
+# None: the objective's own, 16 for bd3lm and 1 for aogpt; 0: segments of a hierarchy stay whole
+diffusion_block_size: int | None = None # tokens per block, not of the context
 segments = '' # lengths of a hierarchy on plain text, the question first: 32,32,64
 causal_within_block = False # plan and execution see no later tokens of their own block
 # with question, plan and execution, 0.3 means: the plan's loss alone in the first 30 % of the iterations
@@ -243,7 +245,8 @@ def build_model():
         take_architecture(kind, architecture, text)
     data = {name: corpus.meta[name] for name in ('vocab_size', 'text_size', 'mask_id')}
     data |= {'begin_id': corpus.meta['begin_id'] if begin else None, 'segments': corpus.meta.get('segments', segments)}
-    known = config | data | {'diffusion_block_size': diffusion_block_size or None}
+    size = kind.usual_block_size if diffusion_block_size is None else diffusion_block_size
+    known = config | data | {'diffusion_block_size': size or None}
     names = [field.name for field in fields(kind.config_class)]
     model = kind(kind.config_class(**{name: known[name] for name in names if name in known})).to(where)
     if 'segments' in corpus.meta:
@@ -269,7 +272,8 @@ def fit_segments(model):
     """ rows of segments are laid out as the model wants them """
     own = corpus.meta['segments']
     check(not segments, f"segments is {segments!r}, but {dataset} has its own, {own}: prepare other lengths")
-    views = ', '.join(model.views())
+    reads_rows = lambda view: 'block_ids' in inspect.signature(view.nll_bound).parameters
+    views = ', '.join(name for name, view in model.views().items() if not reads_rows(view))
     check(not views, f"rows of segments cannot be read as {views}, as this model would be: leave out ar_weight and "
                      "clean_causal, or take --objective=ar, mdlm or bd3lm")
     corpus.layout = Layout(corpus.meta, getattr(model, 'id_list', None))
@@ -833,7 +837,8 @@ def check_settings():
     for names, least, below in LIMITS:
         for name in names.split():
             expected = f"{least} or more{f' and below {below}' if below != math.inf else ''}"
-            check(least <= config[name] < below, f"{name} is {config[name]}, expected {expected}")
+            fits = config[name] is None or least <= config[name] < below
+            check(fits, f"{name} is {config[name]}, expected {expected}")
     check(0 <= curriculum <= 1, f"curriculum is {curriculum}, expected a share of the iterations, 0 to 1")
     check(decay in ('linear', 'cosine', 'constant'), f"decay is {decay!r}, expected linear, cosine or constant")
     check(gradient_accumulation_steps % world == 0,

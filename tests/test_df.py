@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import tools.plot
-from model import (DFGPT, GPT, DFPublishedConfig, DFText, DFTextConfig, GPTConfig, Sinusoidal, UserError,
+from model import (DFGPT, GPT, DFPublishedConfig, DFText, DFTextConfig, DFTextReader, GPTConfig, Sinusoidal, UserError,
                    df_loss_weight, df_real_levels, df_schedule, scheduling_matrix, score)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -744,7 +744,7 @@ def test_training_rows_are_clean_or_noisy_and_ask_for_every_token():
     idx[:, 0], targets = 2, idx.clone()
     targets[:, 0] = -1
     uniform = torch.zeros(8, 4, 5).masked_fill(torch.arange(5) > 2, -math.inf)
-    model.df_context = lambda x, k: seen.append((x, k)) or uniform[:len(x)]
+    model.df_context = lambda x, k, cache=None, end=None: seen.append((x, k)) or uniform[:len(x)]
     assert abs(model(idx, targets)[1].item() - math.log(3)) < 1e-5
     (x, k), x0 = seen[0], model.embeddings()[idx] * model.df_sqrt_alphas_cumprod[0]
     clean = (x - x0).abs().amax(-1) < 1e-5
@@ -996,7 +996,7 @@ def test_the_score_names_the_bound():
 ])
 def test_token_prompts_stay_and_text_outgrows_the_context(kind):
     model, calls, steps = speller(block_size=7, **kind), [], []
-    model.df_context = lambda x, k: calls.append(x.size(1)) or DFText.df_context(model, x, k)
+    model.df_context = lambda x, k, cache=None, end=None: calls.append(x.size(1)) or DFText.df_context(model, x, k)
     prompt = torch.tensor([[1, 2, 0, 1], [2, 1, -1, -1], [-1, 2, -1, 0]])
     out = model.generate(prompt, 15, on_step=lambda *step: steps.append((step[1].clone(), *step[2:])))
     assert out.shape == (3, 19)
@@ -1029,7 +1029,7 @@ def test_guidance_goes_on_from_what_is_expected_given_noise():
     prompt, seen, steps = torch.tensor([[2, 1, -1, -1]]).expand(500, -1), [], []
     c = torch.tensor([2.0, 1.0, 0.0, -math.inf, -math.inf])
     u = torch.tensor([0.0, 1.0, 0.5, -math.inf, -math.inf])
-    def context(x, k):
+    def context(x, k, cache=None, end=None):
         seen.append(k[0].tolist())
         return (u if k[0, 0] == 31 else c).expand(*k.shape, 5)
     model.df_context = context
@@ -1075,7 +1075,7 @@ def test_a_row_ends_at_its_stop():
     model = speller(block_size=8, vocab_size=11, text_size=9, begin_id=9, df_scheduling_matrix='trapezoid',
                     df_sampling_timesteps=2, df_chunk_size=0)
     row = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [7, 5, 0, 0, 0, 0, 0, 0]])
-    model.df_context = lambda x, k: F.one_hot(row, 11) * 100.0
+    model.df_context = lambda x, k, cache=None, end=None: F.one_hot(row, 11)[:, :end] * 100.0
     found = model.generate(torch.full((2, 8), -1), 0, stop=7)
     assert found.tolist() == [[1, 2, 3, 4, 5, 6, 7, 7], [7] * 8]
     given = torch.tensor([[-1] * 8, [7] + [-1] * 7]) # a stop in the prompt does not end the row
@@ -1085,7 +1085,7 @@ def test_what_is_drawn_is_what_is_written_and_what_is_done_stays():
     """ also with embeddings so small, compared with the noise, that no token could be read from the noisy one """
     model = speller(block_size=8, df_chunk_size=0, df_embed_norm=0.1)
     row = torch.tensor([[0, 2, 1, 1, 0, 2, 2, 0]])
-    model.df_context = lambda x, k: F.one_hot(row, 5) * 1e4
+    model.df_context = lambda x, k, cache=None, end=None: F.one_hot(row, 5)[:, :end] * 1e4
     assert model.generate(torch.full((3, 8), -1), 0, steps=2).tolist() == row.tolist() * 3
     model = speller(block_size=8)
     for steps in 1, 2, 4, 8:
@@ -1097,7 +1097,7 @@ def test_what_is_drawn_is_what_is_written_and_what_is_done_stays():
         assert seen[-1][0] == 8
     guided = speller(df_stabilization_level=4, df_chunk_size=0)
     levels, network = [], DFText.df_context
-    guided.df_context = lambda x, k: levels.append(k) or network(guided, x, k)
+    guided.df_context = lambda x, k, cache=None, end=None: levels.append(k) or network(guided, x, k)
     prompt = torch.tensor([[0, -1, -1, -1]])
     guided.generate(prompt, 0, guidance=1.0, df_scheduling_matrix='full_sequence')
     for own, unguided in zip(levels[::2], levels[1::2]):
@@ -1108,15 +1108,52 @@ def test_guidance_hides_what_is_finished_and_nothing_else():
     """ a token in its last step from the least noisy level is read at the same real level as finished text """
     model, seen, finished = speller(block_size=4, df_chunk_size=0), [], [torch.tensor([True, False, False, False])]
     network = model.df_context
-    model.df_context = lambda x, k: seen.append(k[0]) or network(x, k)
+    model.df_context = lambda x, k, cache=None, end=None: seen.append(k[0]) or network(x, k)
     def on_step(step, idx, probs, state):
         finished.append(idx[0] != -1)
     model.generate(torch.tensor([[0, -1, -1, -1]]), 0, guidance=1.0, on_step=on_step)
     last_steps = 0
     for done, guided, unguided in zip(finished, seen[::2], seen[1::2]):
-        assert torch.equal(unguided, guided.masked_fill(done, 31))
-        last_steps += ((guided == 0) & ~done).sum()
+        assert torch.equal(unguided, guided.masked_fill(done[:len(guided)], 31)) # later ones still wait
+        last_steps += ((guided == 0) & ~done[:len(guided)]).sum()
     assert last_steps == 3
+
+@pytest.mark.parametrize('matrix', ['autoregressive', 'pyramid', 'full_sequence', 'trapezoid'])
+@pytest.mark.parametrize('chunk', [None, 0, 1, 3])
+def test_the_cache_of_finished_text_is_exact(matrix, chunk, monkeypatch):
+    """ gaps, guidance, windows past the context: the same text, and the same distributions at every call """
+    cached, calls = DFTextReader.context, []
+    def uncached(reader, before, x, level, k, cache=None):
+        return cached(reader, before, x, level, k)
+    prompts = [
+        (torch.tensor([[1, 2], [0, 1]]), 5, {}),
+        (torch.tensor([[1, -1, 2], [0, 2, -1]]), 5, dict(guidance=1.0)),
+        (torch.zeros(2, 0, dtype=torch.long), 8, dict(sampler='ddim')),
+        (torch.tensor([[1, 2, 0]]), 14, {}),
+    ]
+    for S, pos in (1, 'rope'), (3, 'learned'):
+        settings = dict(df_sampling_timesteps=S, df_scheduling_matrix=matrix, df_chunk_size=chunk, pos=pos)
+        model = speller(block_size=8, **settings).double()
+        for prompt, n, options in prompts[:3] if chunk == 0 else prompts: # 0: all at once, which must fit
+            found = []
+            for context in cached, uncached:
+                monkeypatch.setattr(DFTextReader, 'context', context)
+                torch.manual_seed(1)
+                probs = []
+                out = model.generate(prompt, n, on_step=lambda *step: probs.append(step[2]), **options)
+                found.append((out, torch.cat(probs)))
+            assert torch.equal(found[0][0], found[1][0])
+            assert torch.allclose(found[0][1], found[1][1], atol=1e-9)
+            calls.append(len(probs))
+    assert len(calls) >= 6
+
+def test_a_call_reads_what_is_new():
+    """ one token after another: the first of its calls reads the token that was finished last, too """
+    model, rows = speller(block_size=8, df_sampling_timesteps=3, df_scheduling_matrix='autoregressive'), []
+    trunk = model.trunk
+    model.trunk = lambda x, *more: rows.append(x.size(1)) or trunk(x, *more)
+    model.generate(torch.tensor([[1, 2]]), 6)
+    assert rows == [3, 1, 1] + [2, 1, 1] * 5
 
 def test_a_path_is_the_matrix_it_names():
     for kind in 'pyramid', 'full_sequence':

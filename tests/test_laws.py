@@ -41,8 +41,8 @@ def make(objective, **settings):
     own = OBJECTIVES[objective]
     sizes = dict(block_size=8, vocab_size=9, text_size=5, begin_id=5, mask_id=7, n_layer=2, n_head=2, n_embd=16,
                  attention=own.attentions[0])
-    if objective == 'bd3lm':
-        sizes['diffusion_block_size'] = 4
+    if objective in ('bd3lm', 'aogpt'):
+        sizes['diffusion_block_size'] = 4 if objective == 'bd3lm' else 1
     if issubclass(own, DFGPT):
         sizes |= dict(df_sampling_timesteps=32, df_scheduling_matrix='pyramid')
     return fill(own(own.config_class(**{**sizes, **settings}))).eval()
@@ -235,6 +235,7 @@ SETTINGS = [
     ('mask_id', 'mdlm', {}, 6, 7, loss, logits),
     ('mask_id', 'bd3lm', {}, 6, 7, bound, logits),
     ('mask_id', 'denoise', {}, 6, 7, first_prediction, loss),
+    ('left_to_right', 'aogpt', {}, 0.0, 0.5, loss, bound),
     ('t_min', 'mdlm', {}, 0.0, 0.3, levels, bound),
     ('t_max', 'bd3lm', {}, 1.0, 0.8, levels, bound),
     ('t_dist', 'mdlm', {}, 'uniform', 'bell', levels, bound),
@@ -967,7 +968,7 @@ def test_a_share_of_rows_is_clean_on_average():
     """ exactly, where the batch divides, and by chance where it does not """
     for share, rows, expected in (0.5, 4, 2.0), (0.25, 2, 0.5), (0.9, 3, 2.7), (0.0, 3, 0.0), (1.0, 3, 3.0):
         model, clean = make('df', df_clean_share=share), []
-        def context(x, k):
+        def context(x, k, cache=None, end=None):
             clean.append((k == 0).all(1).sum().item())
             return torch.zeros(*k.shape, 9)
         model.df_context = context
@@ -1065,7 +1066,7 @@ def test_guided_expectations_of_tokens_are_their_formula(guidance):
     model = make('df', df_embed_norm=1e-4, df_scheduling_matrix='full_sequence', **FEW)
     c, u = torch.tensor([[1.0, 0.2, -0.4, 0.0, -1.0], [0.1, 0.5, 0.3, -0.2, 0.0]])
     turn = itertools.cycle((c, u)) # with the prompt, then without it
-    def context(x, k):
+    def context(x, k, cache=None, end=None):
         return F.pad(next(turn).log_softmax(0), (0, 4), value=-math.inf).expand(*k.shape, 9)
     model.df_context = context
     out, calls = writing(model, guidance=guidance)

@@ -557,7 +557,7 @@ def test_help_shows_the_settings_of_an_objective(own, here):
     assert re.sub(' +', ' ', text).endswith(
         '\n\nSettings of objective mine alone:\n--my_width=6 rows of the extra table\n'
         '--my_weight=0.5 of the extra loss\n--my_kind=plain plain | fancy\n--my_limit=None (int or None) not used\n'
-        '\nMore settings: --objective=df_published --help, --objective=df --help\n')
+        '\nMore settings: --objective=aogpt --help, --objective=df_published --help, --objective=df --help\n')
     text = here('train.py', *args, '--help')
     assert 'my_width' not in text
     assert text.endswith('--objective=df --help, --objective=mine --help, --objective=other --help\n')

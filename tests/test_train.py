@@ -158,7 +158,8 @@ def test_same_seed_same_loss_and_another_seed_another(trained, corpus, tmp_path,
     assert not (tmp_path / 'a' / 'results.json').exists()
 
 @pytest.mark.parametrize('objective, optimizer',
-                         [('ar', 'adamw'), ('ar', 'muon'), ('mdlm', 'muon'), ('bd3lm', 'muon'), ('df', 'muon')])
+                         [('ar', 'adamw'), ('ar', 'muon'), ('mdlm', 'muon'), ('bd3lm', 'muon'), ('aogpt', 'muon'),
+                          ('df', 'muon')])
 def test_resume_is_the_uninterrupted_run(corpus, tmp_path, objective, optimizer, here):
     """ bit for bit: log, weights, averages; the first part is stopped by SIGTERM at an iteration nobody chose """
     args = [*TINY, f'--dataset={corpus}', '--ema=0.9', '--dropout=0.1', f'--optimizer={optimizer}',

@@ -73,7 +73,7 @@ def order_nats(folder, n_windows, view):
     """
     model, state = load(folder, ckpt='latest', weights='raw', view=view or None) # as the scoreboard did
     corpus, found = Corpus(state['settings']['dataset']), {}
-    ordered = hasattr(model, 'nll_order')
+    ordered = getattr(model, 'scores_orders', False)
     check_data(folder, state['meta'], corpus)
     there = corpus.n_windows('val', model.row_length)
     check(there > 1, f"{folder}: val has {there} windows of {model.row_length} tokens, expected at least 2")

@@ -22,7 +22,7 @@ import prepare
 from configurator import configure, fail, print_anything
 from model import OBJECTIVES, OPTIONS, DFConfig, block_ids, check, dense_mask, pick_device, scheduling_matrix
 from model import segment_lengths
-from tools.bench import own_settings, train_settings
+from tools.bench import block_size_of, own_settings, train_settings
 from tools.runs import as_command, check_options, check_output, check_sizes, contenders, load, sentences
 
 # what can be set: whatever of train.py is a field of GPTConfig or DFConfig (`--help` lists them), and
@@ -72,6 +72,10 @@ def plot_mask(config, axes):
     check(total in (0, T), f"segments {config.segments} add up to {total}, block_size is {T}")
     cut = config.diffusion_block_size if config.attention == 'block' or streams == 2 else None
     ids = block_ids(config.attention, T, cut, config.lengths)
+    if hasattr(kind, 'permuted'): # a random order, always the same one
+        generator = torch.Generator().manual_seed(1337)
+        parts = ids.split(config.lengths or [T])
+        ids = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
     noisy = torch.arange(streams * T) < T * (streams - 1)
     question = 0 if config.causal_within_block else None
     mask = dense_mask(ids.repeat(streams), noisy, config.clean_causal, question=question)
@@ -271,7 +275,7 @@ def read_settings(argv):
         segments = prepare.segments_text(prepare.without(prepare.read_segments(segments), config['skip']))
     config['segments'] = segments or None
     config['attention'] = config['attention'] or OBJECTIVES[config['objective']].usual_attention(segments)
-    config['diffusion_block_size'] = config['diffusion_block_size'] or None
+    config['diffusion_block_size'] = block_size_of(OBJECTIVES[config['objective']], config['diffusion_block_size'])
     config['block_size'] = config['block_size'] or sum(segment_lengths(config['segments']))
     check(config['block_size'] >= 1, f"block_size is {config['block_size']}, expected at least 1, or 0 and segments")
     return DFConfig(**{k: v for k, v in config.items() if k in names}), {k: config[k] for k in own}

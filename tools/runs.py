@@ -51,7 +51,7 @@ def check_sizes(settings, **least):
     limits = {name: (low, 10 ** 9) for name, low in least.items()}
     limits |= {'threads': (0, 1024), 'seed': (0, 2 ** 64 - 1)} # what torch can take
     for name, (low, high) in limits.items():
-        if name in settings:
+        if settings.get(name) is not None:
             check(low <= settings[name] <= high, f"{name} is {settings[name]}, expected {low:,} to {high:,}")
 
 def value(text):
