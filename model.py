@@ -305,6 +305,11 @@ class GPT(nn.Module):
         """ the pattern for rows of these segments ('' or None: plain text) where none is asked for """
         return 'hierarchical' if segments and 'hierarchical' in cls.attentions else cls.attentions[0]
 
+    @classmethod
+    def block_size_for(cls, asked):
+        """ the config's diffusion_block_size for what a setting says: None is the usual one, 0 whole segments """
+        return (cls.usual_block_size if asked is None else asked) or None
+
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
@@ -912,6 +917,8 @@ class Denoiser(GPT):
         rule = Rule(sampler, order, bound if given is None else given, steps, schedule, remask, guidance,
                     temperature, top_k, top_p)
         out = lengthened(idx, max_new_tokens)
+        check(not guidance or (out != -1).any(1).all(),
+              "guidance compares with a text whose prompt is hidden, and there is a row without a prompt")
         return self.write(out, rule, stop, on_step, self.pads(out, block_ids, stop))
 
     def write(self, out, rule, stop, on_step, pads):
@@ -1663,6 +1670,7 @@ SAMPLERS = { # and the options that each of them reads
     'threshold': ('order', 'confidence_threshold'),
     'entropy_bound': ('order', 'entropy_budget'),
 }
+NEUTRAL = {'order': 'random', 'schedule': 'linear', 'remask': 0} # values that ask a sampler for nothing
 
 def check_sampler(sampler, **options):
     """ a sentence for a name that does not exist, and for an option that this sampler would not read """
@@ -1670,9 +1678,8 @@ def check_sampler(sampler, **options):
     names = ('sampler', sampler, SAMPLERS), ('order', order, orders), ('schedule', options['schedule'], SCHEDULES)
     for name, value, known in names:
         check(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
-    neutral = {'order': 'random', 'schedule': 'linear', 'remask': 0}
     for name, value in options.items():
-        check(name in SAMPLERS[sampler] or value in (None, neutral.get(name)),
+        check(name in SAMPLERS[sampler] or value in (None, NEUTRAL.get(name)),
               f"sampler {sampler} has no use for {name}={value}: leave {name} out, "
               f"or take sampler {' | '.join(s for s in SAMPLERS if name in SAMPLERS[s])}")
 
@@ -1871,8 +1878,6 @@ def write_block(block, begin, windows, rule, steps):
 def write(model, out, rule, stop=None, on_step=None, pads=None):
     """ fill in out (B, N), -1 = to be written, in place: see Denoiser.generate. pads (B, N) bool: nobody sees these """
     unknown, step = out == -1, 0
-    check(not rule.guidance or (~unknown).any(1).all(),
-          "guidance compares with a text whose prompt is hidden, and there is a row without a prompt")
     for start, end, blocks in model.plan(unknown, rule.steps, rule.sampler):
         hide_prompt = [False, True] if rule.guidance else [False]
         windows = [Window(model, out, unknown, pads, start, end, hide) for hide in hide_prompt]
@@ -2014,8 +2019,6 @@ def steps_of_groups(unknown, windows, k, rule):
 def write_any_order(model, out, rule, stop=None, on_step=None, pads=None):
     """ as write, for AOGPT: every part of a window in any order """
     unknown, step, k = out == -1, 0, model.config.diffusion_block_size
-    check(not rule.guidance or (~unknown).any(1).all(),
-          "guidance compares with a text whose prompt is hidden, and there is a row without a prompt")
     plan = model.plan(unknown, rule.steps if k == 1 else None, rule.sampler)
     share = steps_of_groups(unknown, plan, k, rule) if plan and k > 1 else None
     for start, end, parts in plan:

@@ -63,8 +63,6 @@ dtype = 'auto' # auto (bfloat16 on cuda that has it, else float32) | float32 | b
 
 # settings that generate receives unchanged
 OPTIONS = [name for name in models.OPTIONS if name not in ('max_new_tokens', 'stop')]
-# these values change nothing, so every sampler accepts them
-NEUTRAL = {'order': 'random', 'schedule': 'linear', 'remask': 0}
 # Where several samplers read the given options, the first of these that does is taken. One token per network call is
 # best (config/README.md). With 64 steps for 128 tokens, a judge has 2.96 nats per character for fixed and 3.03 for
 # ancestral (+- 0.02) with mdlm, 3.35 and 3.73 with bd3lm of blocks of 4
@@ -204,7 +202,7 @@ def options_for(generate, config, given, name):
 def asked_of_samplers(options, samplers):
     """ {option: value} of the options that some samplers read and others refuse """
     read = {option for reads in samplers.values() for option in reads}
-    return {k: v for k, v in options.items() if k in read and v is not None and v != NEUTRAL.get(k)}
+    return {k: v for k, v in options.items() if k in read and v is not None and v != models.NEUTRAL.get(k)}
 
 def listed(options):
     """ {'steps': 20, 'remask': 0.2} -> 'steps=20 and remask=0.2' """

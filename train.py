@@ -245,8 +245,7 @@ def build_model():
         take_architecture(kind, architecture, text)
     data = {name: corpus.meta[name] for name in ('vocab_size', 'text_size', 'mask_id')}
     data |= {'begin_id': corpus.meta['begin_id'] if begin else None, 'segments': corpus.meta.get('segments', segments)}
-    size = kind.usual_block_size if diffusion_block_size is None else diffusion_block_size
-    known = config | data | {'diffusion_block_size': size or None}
+    known = config | data | {'diffusion_block_size': kind.block_size_for(diffusion_block_size)}
     names = [field.name for field in fields(kind.config_class)]
     model = kind(kind.config_class(**{name: known[name] for name in names if name in known})).to(where)
     if 'segments' in corpus.meta:

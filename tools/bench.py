@@ -73,10 +73,6 @@ def contender(text, flags=()):
             argv.append('--' + part if '=' in part else os.path.expanduser(part))
     return configure(all_settings(), argv, own=('objective', own_settings))
 
-def block_size_of(kind, size):
-    """ diffusion_block_size of a model of this class as train.py takes the setting: None is the class's usual one """
-    return (kind.usual_block_size if size is None else size) or None
-
 def build(s, ids):
     """ settings -> (model, autocast context, optimizers) as train.py makes them; ids: how many ids text has """
     if s['objective'] not in models.OBJECTIVES:
@@ -85,7 +81,7 @@ def build(s, ids):
     shape = {f.name: s[f.name] for f in fields(own.config_class) if f.name in s}
     shape |= dict(text_size=ids, vocab_size=ids + 3, begin_id=ids if s['begin'] else None, mask_id=ids + 1,
                   attention=s['attention'] or own.usual_attention(s['segments']),
-                  diffusion_block_size=block_size_of(own, s['diffusion_block_size']))
+                  diffusion_block_size=own.block_size_for(s['diffusion_block_size']))
     device, amp, _ = models.pick_device(s['device'], s['dtype'])
     model = own(own.config_class(**shape)).to(device)
     if device.type == 'cuda' if s['compile'] is None else s['compile']:

@@ -22,7 +22,7 @@ import prepare
 from configurator import configure, fail, print_anything
 from model import OBJECTIVES, OPTIONS, DFConfig, block_ids, check, dense_mask, pick_device, scheduling_matrix
 from model import segment_lengths
-from tools.bench import block_size_of, own_settings, train_settings
+from tools.bench import own_settings, train_settings
 from tools.runs import as_command, check_options, check_output, check_sizes, contenders, load, sentences
 
 # what can be set: whatever of train.py is a field of GPTConfig or DFConfig (`--help` lists them), and
@@ -275,7 +275,7 @@ def read_settings(argv):
         segments = prepare.segments_text(prepare.without(prepare.read_segments(segments), config['skip']))
     config['segments'] = segments or None
     config['attention'] = config['attention'] or OBJECTIVES[config['objective']].usual_attention(segments)
-    config['diffusion_block_size'] = block_size_of(OBJECTIVES[config['objective']], config['diffusion_block_size'])
+    config['diffusion_block_size'] = OBJECTIVES[config['objective']].block_size_for(config['diffusion_block_size'])
     config['block_size'] = config['block_size'] or sum(segment_lengths(config['segments']))
     check(config['block_size'] >= 1, f"block_size is {config['block_size']}, expected at least 1, or 0 and segments")
     return DFConfig(**{k: v for k, v in config.items() if k in names}), {k: config[k] for k in own}
